@@ -1,0 +1,584 @@
+"""How YAML files and flags become one checked `Config` (settings.py lists what there is to set).
+
+Order of precedence: the defaults < `configs/<family>_demo.yml` when no data is named < `--config FILE ...` <
+`config_vars.yml` < flags. Each value remembers where it came from, so that a mistake is reported by key and source.
+Imports no torch: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from errors import UserError, nearest
+from settings import FAMILY_SETTINGS, BiRefNetSettings, Config
+
+__all__ = ["FAMILY_SETTINGS", "BiRefNetSettings", "Config", "load"]
+
+ROOT = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------- other names for the same keys
+
+ALIASES = {
+    "lr": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "epochs": "train.epochs",
+    "max_epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "batch_size": "train.batch_size",
+    "grad_clip": "train.max_grad_norm",
+    "max_grad_norm": "train.max_grad_norm",
+    "grad_accum_steps": "train.grad_accum_steps",
+    "compile": "train.compile",
+    "mixed_precision": "train.mixed_precision",
+    "precision": "train.mixed_precision",
+    "deterministic": "train.deterministic",
+    "early_stopping": "train.early_stopping",
+    "patience": "train.patience",
+    "test_limit": "train.test_limit",
+    "steps_per_validation": "train.steps_per_validation",
+    "eval_each_epoch": "train.eval_each_epoch",
+    "resume_start_with_eval": "train.resume_start_with_eval",
+    "resume_weights_path": "resume",
+    "save_last": "checkpoint.save_last",
+    "save_step": "checkpoint.save_step",
+    "log_frequency": "logging.log_frequency",
+    "max_samples": "data.max_samples",
+    "load_all": "data.load_all",
+    "dynamic_size": "data.dynamic_size",
+    "image_path": "data.train",
+    "num_workers": "data.num_workers",
+    "size": "data.size",
+    "backbone": "model.backbone",
+    "pretrained": "model.pretrained",
+    "tta": "evaluation.tta",
+    "accelerator": "device",
+    "devices": "distributed.devices",
+    "use_tensorboard": "tracking.tensorboard",
+    "tensorboard": "tracking.tensorboard",
+    "use_wandb": "tracking.wandb.enable",
+    "wandb": "tracking.wandb.enable",
+    "comet_ml_enable": "tracking.comet.enable",
+    "comet_ml_offline": "tracking.comet.offline",
+    "comet_ml_api_key": "tracking.comet.api_key",
+    "comet_ml_workspace": "tracking.comet.workspace",
+    "comet_ml_project_name": "tracking.comet.project_name",
+    "wandb_api_key": "tracking.wandb.api_key",
+    "wandb_project": "tracking.wandb.project",
+    "wandb_entity": "tracking.wandb.entity",
+}
+# Launch flags of older programs: the launcher's own variables say all of this, so they are read and set nothing.
+LAUNCH_FLAGS = ("dist", "use_accelerate")
+# Values that other programs use for the same thing.
+VALUE_ALIASES: dict[str, dict[str, str]] = {
+    "train.mixed_precision": {
+        "16-mixed": "fp16", "16": "fp16", "bf16-mixed": "bf16", "32": "no", "32-true": "no", "false": "no",
+    },
+    "device": {"gpu": "cuda"},
+    "resume": {"path_to_a_pth": "", "none": "", "false": ""},
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- checking one value
+
+
+@dataclass
+class Key:
+    """One leaf of the configuration: where it stands, what it may hold."""
+
+    path: str
+    hint: Any
+    metadata: types.MappingProxyType
+    default: Any
+
+
+def keys_of(section: type, prefix: str = "", families: dict[str, type] | None = None) -> Iterator[Key]:
+    """Every leaf of a settings dataclass; `model` stands for the settings of the chosen family."""
+    hints = get_type_hints(section)
+    for item in dataclasses.fields(section):
+        hint = (families or {}).get(prefix + item.name, hints[item.name])
+        if dataclasses.is_dataclass(hint):
+            yield from keys_of(typing.cast(type, hint), f"{prefix}{item.name}.", families)
+        else:
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            yield Key(prefix + item.name, hint, item.metadata, default)
+
+
+def describe(hint: Any) -> str:
+    """A type as a user would say it."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(value) for value in get_args(hint))
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if arg is type(None) else describe(arg) for arg in get_args(hint))
+    if origin is list:
+        return f"a list of {describe(get_args(hint)[0])}"
+    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+    return plain.get(origin or hint, str(hint))
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as `hint`, accepting what YAML and a shell write for it; raises ValueError when it is something else."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("null", "none", "")):
+            return None
+        return convert(value, next(arg for arg in args if arg is not type(None)))
+    if origin is Literal:
+        text = {True: "true", False: "no"}.get(value, value) if isinstance(value, bool) else value
+        if str(text) in args:
+            return str(text)
+        raise ValueError
+    if origin in (list, dict) or hint is dict:
+        if isinstance(value, str):
+            value = yaml.safe_load(value if value.strip()[:1] in ("[", "{") else f"[{value}]")
+        if origin is list:
+            items = value if isinstance(value, list) else [value]
+            return [convert(item, args[0]) for item in items]
+        if not isinstance(value, dict):
+            raise ValueError
+        return {str(k): convert(v, args[1]) if args else v for k, v in value.items()}
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        known = {
+            "true": True,
+            "yes": True,
+            "1": True,
+            "on": True,
+            "false": False,
+            "no": False,
+            "0": False,
+            "off": False,
+        }
+        return known[str(value).lower()] if str(value).lower() in known else _refuse()
+    if isinstance(value, bool) and hint in (int, float):
+        raise ValueError
+    if hint is int:
+        number = float(value)
+        return int(number) if number.is_integer() else _refuse()
+    if hint is float:
+        number = float(value)
+        return number if number == number and abs(number) != float("inf") else _refuse()
+    if hint is str:
+        if isinstance(value, (dict, list)):
+            raise ValueError
+        return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    raise TypeError(f"no conversion for {hint}")
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+
+
+def check_value(key: Key, value: Any, source: str) -> Any:
+    """The converted value of one key; a `UserError` names key, source and what is allowed."""
+    aliases = VALUE_ALIASES.get(key.path, {})
+    value = aliases.get(str(value).lower(), value)
+    shown = "***" if key.metadata.get("secret") else repr(value)
+    try:
+        result = convert(value, key.hint)
+    except (ValueError, TypeError, yaml.YAMLError):
+        options = get_args(key.hint) if get_origin(key.hint) is Literal else ()
+        raise UserError(
+            f"{key.path} (from {source}) is {shown}, but must be {describe(key.hint)}"
+            f"{nearest(str(value), map(str, options))}"
+        ) from None
+    low, high, pattern = (key.metadata.get(name) for name in ("min", "max", "pattern"))
+    for number in _numbers(result):
+        if (low is not None and number < low) or (high is not None and number > high):
+            limits = " and ".join(
+                f"{word} {limit}" for word, limit in (("at least", low), ("at most", high)) if limit is not None
+            )
+            raise UserError(f"{key.path} (from {source}) is {shown}, but must be {limits}")
+    if pattern and not re.fullmatch(pattern, result):
+        raise UserError(f"{key.path} (from {source}) is {shown}, which does not match {pattern}")
+    return result
+
+
+# ---------------------------------------------------------------- layers: files and flags
+
+
+@dataclass
+class Value:
+    """A raw value with where it was said, and the folder that relative paths in it count from."""
+
+    raw: Any
+    source: str
+    folder: Path
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML (no tag can build an object), but a key written twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML mapping; a `UserError` names the file and line of a mistake."""
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {detail}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} must hold a mapping of settings, not {type(loaded).__name__}")
+    return loaded
+
+
+def file_layer(path: Path, known: dict[str, Key]) -> dict[str, Value]:
+    """The keys that one YAML file sets."""
+    layer: dict[str, Value] = {}
+
+    def walk(mapping: dict, prefix: str) -> None:
+        for name, raw in mapping.items():
+            key = resolve_name(prefix + str(name), known, str(path))
+            if isinstance(key, Key):
+                layer[key.path] = Value(raw, str(path), path.resolve().parent)
+            elif key == "section":
+                if not isinstance(raw, dict | None):
+                    raise UserError(f"{prefix}{name} (from {path}) is a section and must hold a mapping, not {raw!r}")
+                walk(raw or {}, f"{prefix}{name}.")
+
+    walk(read_yaml(path), "")
+    return layer
+
+
+def resolve_name(name: str, known: dict[str, Key], source: str) -> Key | Literal["section", "launch"]:
+    """The key that a name or alias means; an unknown one is an error that offers the nearest."""
+    plain = name.replace("-", "_")
+    if plain in LAUNCH_FLAGS:
+        return "launch"
+    path = plain if plain in known else ALIASES.get(plain, plain)
+    if path in known:
+        return known[path]
+    if any(key.startswith(path + ".") for key in known):
+        return "section"
+    raise UserError(f"unknown key {name} (from {source}){nearest(plain, [*known, *ALIASES])}")
+
+
+def flag_layer(arguments: list[str], known: dict[str, Key]) -> dict[str, Value]:
+    """The keys that flags set: `--key value`, `--key=value`, `--switch`, `--no-switch`, `--list 1 2`."""
+    layer: dict[str, Value] = {}
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        if not argument.startswith("--"):
+            raise UserError(f"unexpected argument {argument!r}: settings are given as --key value; see --help")
+        name, _, inline = argument[2:].partition("=")
+        values = [inline] if "=" in argument else []
+        while "=" not in argument and position < len(arguments) and not _is_flag(arguments[position]):
+            values.append(arguments[position])
+            position += 1
+        negated = name.replace("-", "_").startswith("no_") and not values
+        key = resolve_name(name[3:] if negated else name, known, f"flag --{name}")
+        if key == "launch":
+            continue
+        if key == "section":
+            raise UserError(f"--{name} is a section of settings: name one of its keys, e.g. --{name}.…; see --help")
+        is_switch = key.hint in (bool, bool | None) or key.path == "resume"
+        if not values and not is_switch:
+            raise UserError(f"--{name} needs a value: {describe(key.hint)}")
+        raw: Any = (not negated) if not values else values[0] if len(values) == 1 else values
+        if len(values) > 1 and get_origin(key.hint) is not list:
+            raise UserError(f"--{name} takes one value, not {len(values)}: {' '.join(values)}")
+        layer[key.path] = Value(raw, f"flag --{name}", Path.cwd())
+    return layer
+
+
+def _is_flag(text: str) -> bool:
+    return text.startswith("--")
+
+
+# ---------------------------------------------------------------- layers become a Config
+
+
+def preset_path(name: str) -> Path:
+    """A `--config` argument: a file, or the name of a preset in configs/."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    preset = ROOT / "configs" / (name if name.endswith((".yml", ".yaml")) else f"{name}.yml")
+    if preset.is_file():
+        return preset
+    known = sorted(p.stem for p in (ROOT / "configs").glob("*.yml"))
+    raise UserError(
+        f"no configuration {name}: neither a file nor a preset{nearest(path.stem, known)}; presets: {', '.join(known)}"
+    )
+
+
+def config_vars_path() -> Path:
+    """The user's own machine: `config_vars.yml` in the working folder, or else beside the program."""
+    named = os.environ.get("MASKWRIGHT_CONFIG_VARS")
+    if named is not None:
+        return Path(named)
+    local = Path("config_vars.yml")
+    return local if local.is_file() else ROOT / "config_vars.yml"
+
+
+def load(flags: list[str], presets: list[str] | None = None) -> Config:
+    """The configuration of a run from preset names or files and flags; raises `UserError` for anything wrong.
+
+    `flags` may also name presets with `--config A B`.
+    """
+    flags, named = split_config_flag(flags)
+    paths = [preset_path(name) for name in [*(presets or []), *named]]
+    if config_vars_path().is_file():
+        paths.append(config_vars_path())
+    known = known_keys(chosen_family(paths, flags))
+    layers = [file_layer(path, known) for path in paths]
+    layers.append(flag_layer(flags, known))
+    data_named = any(key in layer for layer in layers for key in ("data.root", "data.train", "data.val", "data.test"))
+    if not data_named:
+        layers.insert(0, file_layer(ROOT / "configs" / f"{chosen_family(paths, flags)}_demo.yml", known))
+    config = build({key: value for layer in layers for key, value in layer.items()}, known)
+    cross_check(config)
+    return config
+
+
+def split_config_flag(flags: list[str]) -> tuple[list[str], list[str]]:
+    """The flags without `--config A B`, and the configurations it names."""
+    rest: list[str] = []
+    named: list[str] = []
+    taking = False
+    for flag in flags:
+        if _is_flag(flag):
+            taking = flag == "--config"
+            if flag.startswith("--config="):
+                named.append(flag.partition("=")[2])
+            elif not taking:
+                rest.append(flag)
+        else:
+            (named if taking else rest).append(flag)
+    if "--config" in flags and not named:
+        raise UserError("--config needs a file or a preset name")
+    return rest, named
+
+
+def chosen_family(paths: list[Path], flags: list[str]) -> str:
+    """The family is needed before its settings can be read: the last one to name it wins."""
+    family = "birefnet"
+    for path in paths:
+        model = read_yaml(path).get("model")
+        if isinstance(model, dict):
+            family = str(model.get("family", family))
+    for position, flag in enumerate(flags):
+        name, _, inline = flag.partition("=")
+        if name == "--model.family":
+            family = inline or (flags[position + 1] if position + 1 < len(flags) else "")
+    if family not in FAMILY_SETTINGS:
+        raise UserError(
+            f"model.family is {family!r}{nearest(family, FAMILY_SETTINGS)}; families: {', '.join(FAMILY_SETTINGS)}"
+        )
+    return family
+
+
+def known_keys(family: str) -> dict[str, Key]:
+    """Every key by its dotted path, with the model section of one family."""
+    return {key.path: key for key in keys_of(Config, families={"model": FAMILY_SETTINGS[family]})}
+
+
+def build(values: dict[str, Value], known: dict[str, Key]) -> Config:
+    """A `Config` of checked values over the defaults."""
+    family = str(values["model.family"].raw) if "model.family" in values else "birefnet"
+    config = Config(model=FAMILY_SETTINGS[family]())
+    for path, value in values.items():
+        result = check_value(known[path], value.raw, value.source)
+        set_value(config, path, resolve_paths(result, known[path].metadata.get("path"), value.folder))
+    return config
+
+
+def resolve_paths(value: Any, kind: str | None, folder: Path) -> Any:
+    """Relative paths count from the file that names them; names that are no path there stay names."""
+    if kind is None or not value:
+        return value
+    if kind == "spec":
+        parts = [resolve_paths(name, "file?", folder) for name in value.split("+")]
+        return "+".join(parts)
+    name, colon, weight = (
+        value.rpartition(":") if kind == "file?" and re.search(r":[\d.]+$", value) else (value, "", "")
+    )
+    path = Path(name).expanduser()
+    if kind == "file" and value in ("none", "backbone", "official"):
+        return value
+    if path.is_absolute():
+        return f"{path}{colon}{weight}"
+    if kind == "file?" and not (folder / path).exists():
+        return value
+    return f"{(folder / path).resolve()}{colon}{weight}"
+
+
+def set_value(config: Any, path: str, value: Any) -> None:
+    """Set a leaf by its dotted path."""
+    *sections, leaf = path.split(".")
+    for section in sections:
+        config = getattr(config, section)
+    setattr(config, leaf, value)
+
+
+def get_value(config: Any, path: str) -> Any:
+    """Read a leaf by its dotted path."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def cross_check(config: Config) -> None:
+    """What no single key can know; mends what has one meaning only."""
+    size = config.data.size
+    config.data.size = size * 2 if len(size) == 1 else size
+    if len(config.data.size) != 2:
+        raise UserError(f"data.size is {size}, but must be [width, height]")
+    if any(side % 32 for side in config.data.size):
+        raise UserError(f"data.size is {config.data.size}, but both sides must be multiples of 32")
+    ranges = config.data.dynamic_size
+    if ranges is not None and (len(ranges) != 2 or any(len(r) != 2 or r[0] > r[1] for r in ranges)):
+        raise UserError(
+            f"data.dynamic_size is {ranges}, but must be [[min width, max width], [min height, max height]]"
+        )
+    if config.data.fold:
+        fold, folds = map(int, config.data.fold.split("/"))
+        if not fold < folds or folds < 2:
+            raise UserError(f"data.fold is {config.data.fold}, but must be K/N with K below N, e.g. 0/5")
+    if config.data.fold and config.data.val:
+        raise UserError("data.fold and data.val are both set: a fold already says what validates; drop one of them")
+    if len(config.optimizer.betas) != 2:
+        raise UserError(f"optimizer.betas is {config.optimizer.betas}, but must be two numbers")
+    if (
+        not re.fullmatch(r"[\w.+@=-]*", config.experiment_name)
+        or config.experiment_name.strip(".") != config.experiment_name
+    ):
+        raise UserError(
+            f"experiment_name is {config.experiment_name!r}, but is a folder name: letters, digits and . _ - + = @ only"
+        )
+
+
+# ---------------------------------------------------------------- the configuration, written down
+
+
+def as_dict(config: Any, secrets: bool = False) -> dict:
+    """Nested plain values; without `secrets` the keys that hold one are left out."""
+    result = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            result[item.name] = as_dict(value, secrets)
+        elif secrets or not item.metadata.get("secret"):
+            result[item.name] = value
+    return result
+
+
+def secret_values(config: Config) -> list[str]:
+    """The secrets in force, so that they can be kept out of everything that is written."""
+    known = known_keys(config.model.family)
+    values = [get_value(config, key.path) for key in known.values() if key.metadata.get("secret")]
+    values += [os.environ.get(name, "") for name in ("COMET_API_KEY", "WANDB_API_KEY")]
+    return [value for value in values if value]
+
+
+def to_yaml(config: Config, documented: bool = False) -> str:
+    """The configuration as YAML, without secrets; `documented` adds each key's line of documentation."""
+    if not documented:
+        return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+    lines: list[str] = []
+
+    def write(section: Any, indent: str) -> None:
+        for item in dataclasses.fields(section):
+            value = getattr(section, item.name)
+            if dataclasses.is_dataclass(value):
+                lines.append(f"{indent}{item.name}:")
+                write(value, indent + "  ")
+            elif not item.metadata.get("secret"):
+                text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
+                lines.append(f"{indent}{item.name}: {text}  # {item.metadata['doc']}")
+
+    write(config, "")
+    return "\n".join(lines) + "\n"
+
+
+def from_dict(values: dict, source: str) -> Config:
+    """A `Config` from a saved snapshot; raises `UserError` when the snapshot is of another version."""
+    model = values.get("model")
+    family = str(model.get("family")) if isinstance(model, dict) else "birefnet"
+    if family not in FAMILY_SETTINGS:
+        raise UserError(f"{source} was made with the unknown model family {family!r}")
+    known = known_keys(family)
+    flat: dict[str, Value] = {}
+
+    def walk(mapping: dict, prefix: str) -> None:
+        for name, raw in mapping.items():
+            if prefix + name in known:
+                flat[prefix + name] = Value(raw, source, Path.cwd())
+            elif isinstance(raw, dict):
+                walk(raw, f"{prefix}{name}.")
+            else:
+                raise UserError(f"unknown key {prefix}{name} (from {source}){nearest(prefix + name, known)}")
+
+    walk(values, "")
+    return build(flat, known)
+
+
+def differences(old: Config, new: Config, frozen_only: bool = False) -> list[str]:
+    """`key: old -> new` for each key that differs; `frozen_only` leaves out what may change when a run resumes."""
+    if old.model.family != new.model.family:
+        return [f"model.family: {old.model.family} -> {new.model.family}"]
+    lines = []
+    for key in known_keys(new.model.family).values():
+        before, after = get_value(old, key.path), get_value(new, key.path)
+        if before != after and not key.metadata.get("secret") and not (frozen_only and key.metadata.get("volatile")):
+            lines.append(f"{key.path}: {before} -> {after}")
+    return lines
+
+
+def help_text(usage: str, actions: dict[str, str], with_settings: bool = True) -> str:
+    """The page that `--help` prints: usage, the command's own switches, every setting with its default."""
+    lines = [usage, ""]
+    lines += [f"  --{name:<28} {doc}" for name, doc in actions.items()]
+    if not with_settings:
+        return "\n".join(lines)
+    lines += [f"  --{'config A B':<28} YAML files, or names of presets in configs/", ""]
+    lines.append("Settings, each a YAML key and a flag (default in brackets):")
+    shorts: dict[str, list[str]] = {}
+    for alias, path in ALIASES.items():
+        shorts.setdefault(path, []).append(alias)
+    section = ""
+    for key in known_keys("birefnet").values():
+        if (head := key.path.rpartition(".")[0]) != section:
+            section = head
+            lines += ["", f"{section}:"]
+        default = "" if key.metadata.get("secret") else f" [{key.default}]"
+        also = f" (also --{', --'.join(shorts[key.path])})" if key.path in shorts else ""
+        lines.append(f"  --{key.path:<36} {key.metadata['doc']}{default}{also}")
+    return "\n".join(lines)

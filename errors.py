@@ -1,0 +1,38 @@
+"""Errors that a user can cause, and how a command ends on them.
+
+A room of its own because the configuration, the readers and the checkpoints all raise it, and the
+configuration must not import torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says what, where and how, in one plain sentence."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for the closest known word, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.55)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def run_command(main: Callable[[], T]) -> T:
+    """Run a command's `main`; a `UserError` ends in its sentence and exit code 2, `--debug` keeps the traceback."""
+    try:
+        return main()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

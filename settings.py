@@ -1,0 +1,261 @@
+"""Every setting of Maskwright: a documented field of a dataclass is a YAML key and a flag.
+
+Apart from config.py, which turns files and flags into these, so that the list of settings can be read as one page.
+Imports no torch: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(default: Any, doc: str, **limits: Any) -> Any:
+    """A documented field.
+
+    `limits`: min, max, pattern, path ("file" or "spec"), secret, volatile (may change when a run resumes).
+    """
+    metadata = {"doc": doc, **limits}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------- the settings
+
+BIREFNET_BACKBONES = Literal[
+    "swin_v1_t", "swin_v1_s", "swin_v1_b", "swin_v1_l",
+    "pvt_v2_b0", "pvt_v2_b1", "pvt_v2_b2", "pvt_v2_b5",
+    "vgg16", "vgg16bn", "resnet50",
+    "dino_v3_s", "dino_v3_s_plus", "dino_v3_b", "dino_v3_l", "dino_v3_h_plus", "dino_v3_7b",
+]  # fmt: skip
+
+
+@dataclass
+class BiRefNetSettings:
+    """BiRefNet (Zheng et al., 2024). The defaults are the official ones but for the smaller backbone."""
+
+    family: Literal["birefnet"] = setting("birefnet", "the model family")
+    pretrained: str = setting("none", "none, backbone, official, or a weights file to start from", path="file")
+    backbone: BIREFNET_BACKBONES = setting("swin_v1_t", "the encoder")
+    multi_scale_input: Literal["none", "add", "cat"] = setting("cat", "how a second, half-scale pass joins the encoder")
+    context: int = setting(3, "how many finer encoder levels are joined to the deepest one", min=0, max=3)
+    squeeze_block: str = setting(
+        "BasicDecBlk_x1",
+        "block between encoder and decoder: empty, or BasicDecBlk|ResBlk|ASPP|ASPPDeformable with _xN",
+        pattern=r"|(BasicDecBlk|ResBlk|ASPP|ASPPDeformable)_x[1-9]\d*",
+    )
+    decoder_block: Literal["BasicDecBlk", "ResBlk"] = setting("BasicDecBlk", "the decoder's block")
+    decoder_attention: Literal["none", "ASPP", "ASPPDeformable"] = setting("ASPPDeformable", "attention in a block")
+    decoder_channels: Literal["fixed", "adaptive"] = setting("fixed", "inner width of a block: 64, or a quarter of it")
+    decoder_input: bool = setting(True, "the decoder also sees the image at every level")
+    decoder_input_split: bool = setting(True, "it sees the image cut into patches rather than shrunk")
+    multi_scale_supervision: bool = setting(True, "supervise every decoder level")
+    gradient_supervision: bool = setting(True, "gradient (out-ref) attention and its supervision")
+    auxiliary_classes: int = setting(0, "classes of the auxiliary classification head; 0: none", min=0)
+    refine: Literal["none", "unet"] = setting("none", "refine the coarse mask once more from image and mask")
+    drop_path: float | None = setting(None, "stochastic depth of the encoder; null: the backbone's own", min=0, max=1)
+    dropout: float = setting(0.5, "dropout after the decoder's attention", min=0, max=1)
+    freeze_backbone: bool | None = setting(None, "train the decoder alone; null: only for DINOv3")
+
+
+# A family's row here, one in models/__init__.py and its file are all that a family is.
+FAMILY_SETTINGS: dict[str, type] = {"birefnet": BiRefNetSettings}
+
+BINARY_LOSSES = {"bce": 30.0, "iou": 0.5, "ssim": 10.0, "gradient": 1.0}
+
+
+@dataclass
+class DataSettings:
+    """What is read and how it is varied."""
+
+    root: str = setting("", "folder that holds the data sets; empty: names are paths", path="file", volatile=True)
+    train: str = setting("", "training sets, joined with +, each with an optional :weight", path="spec")
+    val: str = setting("", "validation sets; empty: split off the training sets", path="spec")
+    test: str = setting("", "test sets of evaluate.py, joined with +", path="spec", volatile=True)
+    size: list[int] = setting([1024, 1024], "model input [width, height]; one number for a square", min=32)
+    dynamic_size: list[list[int]] | None = setting(
+        None, "[[min width, max width], [min height, max height]] to draw training sizes from", min=32
+    )
+    dynamic_size_batch: int = setting(1, "draw a new size every so many batches", min=1)
+    augment: list[dict] | None = setting(None, "transforms by name and arguments; null: the task's official recipe")
+    background_synthesis: float = setting(0.0, "probability of a plain synthetic background", min=0, max=1)
+    fold: str = setting("", "k-fold split of the training sets, e.g. 0/5: fold 0 of 5 validates", pattern=r"|\d+/\d+")
+    val_fraction: float = setting(0.1, "share that validates where neither val nor fold is given", min=0, max=0.9)
+    max_samples: int = setting(0, "use at most so many training samples; 0: all", min=0)
+    load_all: bool = setting(False, "decode everything once into memory shared by workers and ranks", volatile=True)
+    on_error: Literal["fail", "skip"] = setting("fail", "faulty samples: stop with the list, or train without them")
+    num_workers: int = setting(-1, "loading processes per rank; -1: cores / ranks, at most 8", min=-1, volatile=True)
+
+
+@dataclass
+class LossSettings:
+    """The terms of the criterion."""
+
+    weights: dict[str, float] = setting(BINARY_LOSSES, "weight of each term by name")
+    iou_reduction: Literal["mean", "sum"] = setting("mean", "IoU over a batch; sum: as the official code")
+    structure_on: Literal["logits", "probabilities"] = setting(
+        "logits", "structure loss input; probabilities: the official second sigmoid"
+    )
+    patch_iou: Literal["all", "corner"] = setting("all", "patch IoU windows; corner: the official first one alone")
+    last_epochs: int = setting(0, "the last so many epochs use last_epochs_factors", min=0)
+    last_epochs_factors: dict[str, float] = setting({}, "factor of each term's weight in the last epochs")
+
+
+@dataclass
+class OptimizerSettings:
+    """How the weights move."""
+
+    name: str = setting("adamw", "adamw, adam, sgd, ranger, muon, or any of timm's names")
+    lr: float = setting(1e-4, "peak learning rate", min=0)
+    weight_decay: float = setting(1e-2, "weight decay", min=0)
+    decay_norms: bool = setting(False, "decay norms and biases too, as the official BiRefNet does")
+    betas: list[float] = setting([0.9, 0.999], "betas of Adam-like optimizers", min=0, max=1)
+    momentum: float = setting(0.9, "momentum of SGD", min=0, max=1)
+    backbone_lr_scale: float = setting(1.0, "learning-rate factor of the backbone", min=0)
+    layer_decay: float = setting(1.0, "learning-rate factor per backbone layer away from the output", min=0, max=1)
+    freeze: list[str] = setting([], "parameters not to train, by name prefix or pattern")
+
+
+@dataclass
+class SchedulerSettings:
+    """How the learning rate moves, step by step."""
+
+    name: Literal["constant", "poly", "cosine", "step", "multistep", "exponential", "plateau"] = setting(
+        "cosine", "course of the learning rate after the warm-up"
+    )
+    warmup_steps: int = setting(0, "linear warm-up, in steps", min=0)
+    min_factor: float = setting(0.0, "floor as a factor of the peak", min=0, max=1)
+    power: float = setting(0.9, "power of poly", min=0)
+    epochs: list[float] = setting([30], "step: period in epochs; multistep: the milestones", min=0)
+    gamma: float = setting(0.1, "factor of step, multistep, plateau; per epoch for exponential", min=0, max=1)
+    patience: int = setting(3, "plateau: validations without improvement", min=0)
+
+
+@dataclass
+class TrainSettings:
+    """The loop."""
+
+    epochs: int = setting(100, "epochs to train", min=1, volatile=True)
+    max_steps: int = setting(0, "stop after so many optimizer steps; 0: by epochs", min=0, volatile=True)
+    batch_size: int = setting(4, "samples per device and micro-step", min=1)
+    grad_accum_steps: int = setting(1, "micro-steps per optimizer step", min=1)
+    max_grad_norm: float = setting(0.0, "clip the gradient norm to this; 0: do not clip", min=0)
+    mixed_precision: Literal["auto", "no", "fp16", "bf16", "fp8"] = setting(
+        "auto", "forward precision; auto: bf16 where the device supports it, else no"
+    )
+    compile: bool = setting(False, "torch.compile the model's parts")
+    channels_last: bool = setting(False, "channels-last memory layout")
+    activation_checkpointing: bool = setting(False, "recompute activations in backward to save memory")
+    deterministic: bool = setting(False, "deterministic CUDA algorithms: slower, bitwise resume on a GPU")
+    sync_bn: bool = setting(False, "batch statistics over all ranks")
+    freeze_bn: bool = setting(False, "keep batch-norm statistics as they are")
+    ema_decay: float = setting(0.0, "decay of the averaged weights; 0: none", min=0, max=1)
+    drop_path_schedule: Literal["constant", "linear"] = setting("constant", "linear: stochastic depth grows from zero")
+    eval_each_epoch: float = setting(1, "validate every so many epochs; 0: never", min=0)
+    steps_per_validation: int = setting(0, "validate every so many steps instead; 0: by epochs", min=0)
+    resume_start_with_eval: bool = setting(False, "validate before the first step after a resume", volatile=True)
+    test_limit: int = setting(0, "validate on at most so many samples; 0: all", min=0)
+    early_stopping: bool = setting(False, "stop when the monitored metric no longer improves", volatile=True)
+    patience: int = setting(10, "validations without improvement before stopping", min=1, volatile=True)
+    max_bad_steps: int = setting(20, "abort after so many non-finite steps in a row", min=1, volatile=True)
+
+
+@dataclass
+class CheckpointSettings:
+    """What is kept on disk."""
+
+    save_last: int = setting(1, "keep an epoch file for each of the last so many epochs", min=0, volatile=True)
+    save_step: int = setting(1, "of these, every so many epochs", min=1, volatile=True)
+    monitor: str = setting("", "metric that chooses best.pth, e.g. val/jaccard; empty: the task's own")
+    every_minutes: float = setting(10, "save last.pth this often within an epoch; 0: never", min=0, volatile=True)
+    every_steps: int = setting(0, "save last.pth every so many steps; 0: never", min=0, volatile=True)
+
+
+@dataclass
+class EvaluationSettings:
+    """Validation and test."""
+
+    batch_size: int = setting(0, "samples per device; 0: the training batch size", min=0)
+    tta: bool = setting(False, "average over a horizontal flip")
+
+
+@dataclass
+class LoggingSettings:
+    """What is printed."""
+
+    log_frequency: int = setting(10, "print a line every so many steps", min=1, volatile=True)
+    color: Literal["auto", "always", "never"] = setting("auto", "coloured console lines", volatile=True)
+    progress: bool = setting(True, "tqdm bars", volatile=True)
+    red_below_jaccard: float = setting(0.95, "a line is red when the Jaccard index is below", volatile=True)
+    green_above_bce_accuracy: float = setting(0.999, "green when the BCE accuracy is above", volatile=True)
+    cyan_above_dice: float = setting(0.985, "cyan when Dice is above this as well", volatile=True)
+
+
+@dataclass
+class CometSettings:
+    """Comet ML."""
+
+    enable: bool = setting(False, "send the run to Comet ML", volatile=True)
+    offline: bool = setting(False, "write an offline archive into the run folder instead", volatile=True)
+    api_key: str = setting("", "account key; better in COMET_API_KEY or config_vars.yml", secret=True, volatile=True)
+    workspace: str = setting("", "workspace", volatile=True)
+    project_name: str = setting("", "project", volatile=True)
+
+
+@dataclass
+class WandbSettings:
+    """Weights & Biases."""
+
+    enable: bool = setting(False, "send the run to Weights & Biases", volatile=True)
+    offline: bool = setting(False, "write offline files into the run folder instead", volatile=True)
+    api_key: str = setting("", "account key; better in WANDB_API_KEY or config_vars.yml", secret=True, volatile=True)
+    entity: str = setting("", "entity", volatile=True)
+    project: str = setting("", "project", volatile=True)
+
+
+@dataclass
+class TrackingSettings:
+    """Trackers."""
+
+    tensorboard: bool = setting(False, "write TensorBoard files into the run folder", volatile=True)
+    comet: CometSettings = field(default_factory=CometSettings)
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+
+
+@dataclass
+class DistributedSettings:
+    """Several processes."""
+
+    devices: int = setting(1, "start the same command on so many devices of this machine", min=1, volatile=True)
+    exact_resume: bool = setting(True, "bitwise resume with three ranks and more, for about a percent of speed")
+    timeout_minutes: float = setting(30, "a collective that takes longer ends the run", min=0.1, volatile=True)
+
+
+@dataclass
+class Config:
+    """A run. Every field is a YAML key and a flag (`--optimizer.lr 3e-4`)."""
+
+    experiment_name: str = setting("", "name of the run and its folder; empty: family_dataset_time", volatile=True)
+    output_dir: str = setting("runs", "folder of all runs", path="file", volatile=True)
+    resume: str = setting("", "true: continue the run; auto: only if there is one; or a checkpoint", volatile=True)
+    overwrite: bool = setting(False, "replace an existing run of this name", volatile=True)
+    task: Literal["binary"] = setting("binary", "what is segmented")
+    seed: int = setting(7, "seed of everything random", min=0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d+)?", volatile=True)
+    model: BiRefNetSettings = field(default_factory=BiRefNetSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the run draws its own data: any data path turns that off."""
+        return not (self.data.root or self.data.train or self.data.val or self.data.test)

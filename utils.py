@@ -1,0 +1,267 @@
+"""Ranks, precision, seeds, meters, the gradient norm and averaged weights: what has no better home."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from errors import UserError
+
+# ---------------------------------------------------------------- ranks
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among the processes of the run."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add `tensor` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, value: object) -> object:
+        """Rank 0's `value`, on every rank."""
+        if self.size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+
+def join_world(device: str = "auto", timeout_minutes: float = 30) -> World:
+    """Read the launcher's variables (torchrun's and accelerate's are the same) and open the process group.
+
+    NCCL on CUDA, Gloo otherwise. Raises `UserError` when the named device is not there.
+    """
+    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in
+                              (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    chosen = pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size > 1 and not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return World(rank, local_rank, size, chosen)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU; raises `UserError` for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} is not there: {torch.cuda.device_count()} CUDA devices found; try --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps is not there; try --device cpu")
+    return device
+
+
+def leave_world() -> None:
+    """Close the process group, if one is open."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sync_buffers(model: nn.Module, world: World) -> None:
+    """Give every rank the buffers of rank 0 (batch-norm statistics), so that all ranks evaluate one model."""
+    if world.size == 1:
+        return
+    for group in (
+        [b for b in model.buffers() if b.is_floating_point()],
+        [b for b in model.buffers() if not b.is_floating_point()],
+    ):
+        if group:
+            flat = torch.cat([buffer.detach().reshape(-1).to(group[0].dtype) for buffer in group])
+            dist.broadcast(flat, src=0)
+            for buffer, value in zip(group, flat.split([b.numel() for b in group]), strict=True):
+                buffer.copy_(value.view_as(buffer))
+
+
+# ---------------------------------------------------------------- precision and seeds
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The forward pass's number format. `scaler` is needed by fp16 alone."""
+
+    name: str
+    device_type: str
+    dtype: torch.dtype | None
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of a forward pass."""
+        return torch.autocast(self.device_type, self.dtype) if self.dtype else nullcontext()
+
+    @property
+    def needs_scaler(self) -> bool:
+        return self.dtype is torch.float16
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """`auto` is bf16 where a CUDA device supports it, otherwise full precision.
+
+    On a CPU bf16 works but is slower than float32 without AMX, so it is never chosen by itself. Raises `UserError`
+    for what the device cannot do.
+    """
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+    if name == "fp8":
+        raise UserError(
+            "train.mixed_precision fp8 needs a GPU with fp8 tensor cores and is not available here; use bf16"
+        )
+    return Precision(name, device.type, {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name])
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed torch, NumPy and Python from a tuple of numbers, so that nothing depends on what ran before."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(seed)  # 4 µs; torch.manual_seed takes 100
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The L2 norm over all gradients, a 0-dim tensor on their device: one fused kernel, no host synchronisation."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+class DelayedFlags:
+    """Device flags that the host reads one step late, when they have long been computed.
+
+    The optimizer skips a bad step on the device; the host only needs to know before the next schedule position, so
+    it never waits for the step that is running.
+    """
+
+    def __init__(self) -> None:
+        self._host: Tensor | None = None
+        self._ready: torch.cuda.Event | None = None
+
+    def put(self, flags: Tensor) -> None:
+        """Start copying `flags` to the host."""
+        if flags.device.type == "cuda":
+            self._host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            self._host.copy_(flags, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._host = flags.detach().clone().cpu()
+
+    def take(self) -> list[float] | None:
+        """The flags put last, or None when they have been taken."""
+        if self._host is None:
+            return None
+        if self._ready is not None:
+            self._ready.synchronize()
+        flags, self._host, self._ready = self._host.tolist(), None, None
+        return flags
+
+
+# ---------------------------------------------------------------- averaged weights
+
+
+class EMA:
+    """Exponential moving average of weights; buffers are copied. `good` keeps a skipped step out, on the device."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        import copy
+
+        self.decay = decay
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, good: Tensor) -> None:
+        """Move towards `model` by 1 − decay, times `good` (0 or 1, 0-dim)."""
+        average = [p for p in self.module.parameters() if p.is_floating_point()]
+        change = torch._foreach_sub([p.detach() for p in model.parameters() if p.is_floating_point()], average)
+        torch._foreach_mul_(change, (1 - self.decay) * good)
+        torch._foreach_add_(average, change)
+        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+# ---------------------------------------------------------------- meters
+
+
+@dataclass
+class Meter:
+    """Running means of named scalars. Values stay on the device until `means` is asked for."""
+
+    names: list[str] = field(default_factory=list)
+    sums: Tensor | None = None
+    last: Tensor | None = None
+    count: int = 0
+
+    def add(self, names: Sequence[str], values: Tensor) -> None:
+        """Add one step's values, a (K,) tensor. Non-finite ones do not count, so one bad step spoils no mean."""
+        self.names = list(names)
+        clean = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+        self.sums = clean.clone() if self.sums is None else self.sums.to(clean.device) + clean
+        self.last = values
+        self.count += 1
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(epoch means, last values): the one transfer to the host."""
+        if self.sums is None or self.last is None:
+            return {}, {}
+        both = torch.stack([self.sums / self.count, self.last.to(self.sums.device)]).tolist()
+        return dict(zip(self.names, both[0], strict=True)), dict(zip(self.names, both[1], strict=True))
+
+    def state(self) -> dict:
+        """Plain values for a checkpoint."""
+        return {"names": self.names, "sums": None if self.sums is None else self.sums.tolist(), "count": self.count}
+
+    @classmethod
+    def restore(cls, state: dict) -> Meter:
+        """The meter that `state` was taken from; the last values come with the next step."""
+        sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=torch.float32)
+        return cls(names=list(state["names"]), sums=sums, count=int(state["count"]))
+
+
+# ---------------------------------------------------------------- signals
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 ask for a save and an orderly end; the loop polls, the handler does nothing else."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        return bool(self.name)
