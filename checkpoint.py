@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,11 @@ class RunFolder:
             _alias(self.last, self.previous)
         os.replace(fresh, self.last)
         _sync_folder(self.path)
+
+    def adopt(self, file: Path) -> None:
+        """Let `last.pth` be the checkpoint that a run resumed from, in place of a damaged one."""
+        if file != self.last:
+            _alias(file, self.last)
 
     def mark_best(self) -> None:
         """Let `best.pth` be what `last.pth` is now."""
@@ -286,3 +292,35 @@ def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
 def to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict on the host, detached from what training will change next."""
     return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
+
+
+# ---------------------------------------------------------------- the state of a run
+
+
+@dataclass
+class RunState:
+    """All that a resume needs beside weights, optimizer, schedule and scaler: plain values only.
+
+    `step` counts optimizer steps tried, `skipped` those that a non-finite gradient undid; `micro_step` is the
+    position in the epoch. The randomness of every rank is a pure function of (seed, step, micro-step, rank) and of
+    (seed, epoch, sample), so there is nothing of it to keep.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    micro_step: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    warned_norm: bool = False
+    meter: dict[str, Any] = field(default_factory=dict)
+    composition: dict[str, int] = field(default_factory=dict)
+    records: int = 0
+    validated_step: int = -1
+    best: float | None = None
+    best_step: int = -1
+    waited: int = 0
+
+    @property
+    def applied(self) -> int:
+        """Optimizer steps that moved the weights: the position in the schedule."""
+        return self.step - self.skipped

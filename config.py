@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -353,7 +354,7 @@ def load(flags: list[str], presets: list[str] | None = None) -> Config:
 
     `flags` may also name presets with `--config A B`.
     """
-    flags, named = split_config_flag(flags)
+    named, flags = take_values(flags, "config")
     paths = [preset_path(name) for name in [*(presets or []), *named]]
     if config_vars_path().is_file():
         paths.append(config_vars_path())
@@ -366,25 +367,6 @@ def load(flags: list[str], presets: list[str] | None = None) -> Config:
     config = build({key: value for layer in layers for key, value in layer.items()}, known)
     cross_check(config)
     return config
-
-
-def split_config_flag(flags: list[str]) -> tuple[list[str], list[str]]:
-    """The flags without `--config A B`, and the configurations it names."""
-    rest: list[str] = []
-    named: list[str] = []
-    taking = False
-    for flag in flags:
-        if _is_flag(flag):
-            taking = flag == "--config"
-            if flag.startswith("--config="):
-                named.append(flag.partition("=")[2])
-            elif not taking:
-                rest.append(flag)
-        else:
-            (named if taking else rest).append(flag)
-    if "--config" in flags and not named:
-        raise UserError("--config needs a file or a preset name")
-    return rest, named
 
 
 def chosen_family(paths: list[Path], flags: list[str]) -> str:
@@ -414,10 +396,15 @@ def build(values: dict[str, Value], known: dict[str, Key]) -> Config:
     """A `Config` of checked values over the defaults."""
     family = str(values["model.family"].raw) if "model.family" in values else "birefnet"
     config = Config(model=FAMILY_SETTINGS[family]())
+    apply(config, values, known)
+    return config
+
+
+def apply(config: Config, values: dict[str, Value], known: dict[str, Key]) -> None:
+    """Check raw values and write them into `config`."""
     for path, value in values.items():
         result = check_value(known[path], value.raw, value.source)
         set_value(config, path, resolve_paths(result, known[path].metadata.get("path"), value.folder))
-    return config
 
 
 def resolve_paths(value: Any, kind: str | None, folder: Path) -> Any:
@@ -582,3 +569,36 @@ def help_text(usage: str, actions: dict[str, str], with_settings: bool = True) -
         also = f" (also --{', --'.join(shorts[key.path])})" if key.path in shorts else ""
         lines.append(f"  --{key.path:<36} {key.metadata['doc']}{default}{also}")
     return "\n".join(lines)
+
+
+def answer_at_once(usage: str, actions: dict[str, str]) -> None:
+    """Print `--help` and leave, before anything heavy is imported."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(f"usage: python {usage}", actions))
+        sys.exit(0)
+
+
+def take_values(arguments: list[str], *names: str) -> tuple[list[str], list[str]]:
+    """(the values of `--name A B` or `--name=A`, the other arguments)."""
+    values: list[str] = []
+    rest: list[str] = []
+    taking = False
+    for argument in arguments:
+        if _is_flag(argument):
+            name, _, inline = argument[2:].partition("=")
+            taking = name.replace("-", "_") in names
+            if not taking:
+                rest.append(argument)
+            elif inline:
+                values.append(inline)
+        else:
+            (values if taking else rest).append(argument)
+    return values, rest
+
+
+def apply_flags(config: Config, flags: list[str]) -> Config:
+    """`config` with what the flags change, checked; for commands that start from a run's own settings."""
+    known = known_keys(config.model.family)
+    apply(config, flag_layer(flags, known), known)
+    cross_check(config)
+    return config

@@ -94,6 +94,7 @@ class LossSettings:
 
     weights: dict[str, float] = setting(BINARY_LOSSES, "weight of each term by name")
     iou_reduction: Literal["mean", "sum"] = setting("mean", "IoU over a batch; sum: as the official code")
+    iou_smooth: float = setting(1.0, "added to both sides of the IoU ratio; 0: as the official code", min=0)
     structure_on: Literal["logits", "probabilities"] = setting(
         "logits", "structure loss input; probabilities: the official second sigmoid"
     )

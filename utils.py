@@ -104,6 +104,16 @@ def sync_buffers(model: nn.Module, world: World) -> None:
                 buffer.copy_(value.view_as(buffer))
 
 
+def norm_statistics(model: nn.Module) -> list[Tensor]:
+    """Buffers that a forward pass writes: a bad batch must not leave its trace in them."""
+    return [
+        buffer
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+        for buffer in module.buffers(recurse=False)
+    ]
+
+
 # ---------------------------------------------------------------- precision and seeds
 
 

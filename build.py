@@ -1,0 +1,184 @@
+"""From the configuration to parts: readers, loaders, model, criterion, optimizer.
+
+Apart from train.py because `--check_data`, `--preview` and `--dry_run` build the same parts. Beside the entry scripts,
+this is the only place that sees the `Config`: what it builds takes keyword arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoint import load_weights
+from config import Config
+from dataset import Cached, Dataset, EvalSampler, Reader, TrainSampler, build_loader, check, drop, fail_on, limit, split
+from errors import UserError
+from models import create_criterion, create_model
+from optim import build_optimizer
+from tasks import Task
+from tracking import Log
+from transforms import Augment
+from utils import World
+
+# ---------------------------------------------------------------- data
+
+
+def build_readers(config: Config, task: Task, log: Log) -> tuple[Reader, Reader | None]:
+    """(training, validation) readers, every sample decoded once to be sure of it, or a `UserError` with all faults."""
+    data = config.data
+    root, train_spec, val_spec = data.root or None, data.train, data.val
+    if config.is_demo:
+        root, train_spec, val_spec = str(task.write_demo(Path("data") / f"demo_{task.name}")), "train", "val"
+        log.say("training on the demo data that this program draws itself; name your own with --data.train")
+    if not train_spec:
+        raise UserError("no training data: name it with --data.train path/to/set (a folder with im/ and gt/)")
+    readers = [task.reader(train_spec, root=root)]
+    if val_spec:
+        readers.append(task.reader(val_spec, root=root, class_names=readers[0].class_names))
+    faults = [check(reader, workers=os.cpu_count() or 1, progress=config.logging.progress) for reader in readers]
+    if data.on_error == "fail":
+        fail_on([fault for found in faults for fault in found])
+    else:
+        for position, (reader, found) in enumerate(zip(readers, faults, strict=True)):
+            readers[position], dropped = drop(reader, found)
+            if dropped:
+                log.say(f"left out {dropped} faulty samples, as data.on_error: skip says: {found[0]} …")
+    training = readers[0]
+    validation = readers[1] if val_spec else None
+    if data.fold:
+        training, validation = (
+            split(readers[0], fold=data.fold, seed=config.seed, part=part) for part in ("train", "val")
+        )
+    elif not val_spec and data.val_fraction > 0:
+        training, validation = (
+            split(readers[0], fraction=data.val_fraction, seed=config.seed, part=part) for part in ("train", "val")
+        )
+    if config.train.test_limit and validation is not None:
+        validation = limit(validation, config.train.test_limit)
+    return limit(training, data.max_samples or None), validation
+
+
+def data_table(readers: dict[str, Reader | None]) -> str:
+    """Which data sets a run reads, with sample counts and weights."""
+    lines = []
+    for part, reader in readers.items():
+        for name, summary in (reader.datasets if reader is not None else {}).items():
+            lines.append(f"  {part:<11} {name:<40} {summary.count:>7} samples, weight {summary.weight:g}")
+    return "\n".join(lines)
+
+
+def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reader, Reader | None], stride: int) -> Any:
+    """(training loader, validation loader or None)."""
+    training, validation = readers
+    data, size = config.data, (config.data.size[1], config.data.size[0])
+    workers = data.num_workers if data.num_workers >= 0 else min(8, (os.cpu_count() or 1) // world.size)
+    if data.load_all:
+        path = world.agree(f"{os.environ.get('TMPDIR', '/tmp')}/maskwright-{os.getpid()}")
+        training = Cached(training, path=str(path), size=None if data.dynamic_size else size,
+                          write=world.local_rank == 0, barrier=world.barrier)  # fmt: skip
+    ranges = data.dynamic_size
+    sampler = TrainSampler(
+        training,
+        batch_size=config.train.batch_size,
+        grad_accum_steps=config.train.grad_accum_steps,
+        size=size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        dynamic_size=((ranges[1][0], ranges[1][1]), (ranges[0][0], ranges[0][1])) if ranges else None,
+        dynamic_size_batch=data.dynamic_size_batch,
+        stride=stride,
+    )
+    dataset = Dataset(training, make_target=task.make_target, augment=build_augment(config, task), seed=config.seed)
+    train_loader = build_loader(
+        dataset, sampler, collate_targets=task.collate_targets, workers=workers,
+        persistent=True, pin=world.device.type == "cuda",
+    )  # fmt: skip
+    if validation is None:
+        return train_loader, None
+    batch_size = config.evaluation.batch_size or config.train.batch_size
+    return train_loader, build_eval_loader(
+        validation, task, batch_size=batch_size, size=data.size, world=world, workers=workers
+    )
+
+
+def build_eval_loader(reader: Any, task: Any, *, batch_size: int, size: list[int], world: World, workers: int) -> Any:
+    """A loader of a reader's samples at the model's size ([width, height]), with the originals to score against."""
+    sampler = EvalSampler(
+        len(reader), batch_size=batch_size, size=(size[1], size[0]), rank=world.rank, world_size=world.size
+    )
+    return build_loader(
+        Dataset(reader, make_target=task.make_target),
+        sampler,
+        collate_targets=task.collate_targets,
+        workers=workers,
+        pin=world.device.type == "cuda",
+    )
+
+
+def build_augment(config: Config, task: Task) -> Augment:
+    """The transforms of the configuration, else the task's official recipe."""
+    transforms = list(task.augment if config.data.augment is None else config.data.augment)
+    if config.data.background_synthesis:
+        transforms.insert(0, {"name": "BackgroundSynthesis", "p": config.data.background_synthesis})
+    return Augment(transforms)
+
+
+# ---------------------------------------------------------------- model, criterion, optimizer
+
+
+def build_model(config: Config, reader: Reader, world: World, log: Log) -> Any:
+    """The model on its device, from random, published or given weights."""
+    model = create_model(config.model.family, **model_settings(config))
+    if config.model.pretrained in ("backbone", "official"):
+        model.load_published(config.model.pretrained)
+    elif config.model.pretrained != "none":
+        content = load_weights(Path(config.model.pretrained))
+        report = (
+            model.load_official(content["ema"] or content["model"])
+            if "meta" in content
+            else model.load_official(content)
+        )
+        log.say(f"weights from {config.model.pretrained}: {report.summary()}")
+        if not report.loaded:
+            raise UserError(f"nothing in {config.model.pretrained} fits this model: {report.summary()}")
+    if config.optimizer.freeze:
+        model.freeze(config.optimizer.freeze)
+    if config.train.activation_checkpointing:
+        model.set_activation_checkpointing(True)
+    if config.train.sync_bn and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    return model.to(world.device, memory_format=layout)
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """The model's own keyword arguments."""
+    return {key: value for key, value in asdict(config.model).items() if key not in ("family", "pretrained")}
+
+
+def build_criterion(config: Config) -> Any:
+    """The criterion of the family and task; what the loss section says about time is the loop's business."""
+    settings = {key: value for key, value in asdict(config.loss).items() if not key.startswith("last_epochs")}
+    return create_criterion(config.model.family, config.task, **settings)
+
+
+def build_optimizer_for(config: Config, model: Any) -> torch.optim.Optimizer:
+    """The optimizer over the model's parameter groups."""
+    settings = config.optimizer
+    groups = model.parameter_groups(
+        settings.lr, settings.weight_decay, settings.backbone_lr_scale, settings.layer_decay, settings.decay_norms
+    )
+    return build_optimizer(
+        groups,
+        name=settings.name,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        betas=settings.betas,
+        momentum=settings.momentum,
+    )

@@ -1,0 +1,267 @@
+"""The demo data: pictures that the program draws itself, so that the first run needs no data of its own.
+
+Cut-outs of leaves, rings, gears, wires, letters and lattices lie on a soft ground. Both take their colours from the
+same palette in the same proportions, so no threshold on any colour finds the objects; what sets them apart is that
+objects carry a fine regular pattern where the ground is smooth. Edges are soft, some of them very.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from errors import UserError
+
+VERSION = 1  # of what is drawn; raise it whenever a pixel changes
+COUNTS = {"train": 64, "val": 16}
+MARKER = "DEMO"  # a file in the folder, written last, that says which drawing it holds
+SUPERSAMPLING = 4
+
+Generator = np.random.Generator
+
+
+def write_demo(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
+    """Draw 64 training and 16 validation pairs as `<folder>/{train,val}/{im,gt}/<number>.png`, or keep them if there.
+
+    The folder appears whole or not at all; several processes may ask for it at once.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    marker = f"version {VERSION}, seed {seed}\n"
+    if _is_complete(folder, marker):
+        return folder
+    if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no demo data; name another folder for it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        drawing = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _draw_all(drawing, seed)
+            (drawing / MARKER).write_text(marker)
+            _move_into_place(drawing, folder, marker)
+        finally:
+            shutil.rmtree(drawing, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the demo data cannot be written ({error.strerror}); name another folder") from error
+    return folder
+
+
+def _is_complete(folder: Path, marker: str) -> bool:
+    return (folder / MARKER).is_file() and (folder / MARKER).read_text() == marker
+
+
+def _move_into_place(drawing: Path, folder: Path, marker: str) -> None:
+    """Rename, unless another process was faster; an older drawing makes room."""
+    drawing.chmod(0o755)  # temporary folders are private
+    if folder.exists() and not _is_complete(folder, marker):
+        shutil.rmtree(folder)
+    try:
+        drawing.rename(folder)
+    except OSError:
+        if not _is_complete(folder, marker):
+            raise
+
+
+def _draw_all(folder: Path, seed: int) -> None:
+    for part, (name, count) in enumerate(COUNTS.items()):
+        for sub in ("im", "gt"):
+            (folder / name / sub).mkdir(parents=True)
+        for index in range(count):
+            image, alpha = draw_pair(np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, part, index]))))
+            Image.fromarray(image).save(folder / name / "im" / f"{index:04d}.png", compress_level=1)
+            Image.fromarray(alpha).save(folder / name / "gt" / f"{index:04d}.png", compress_level=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One picture
+
+
+def draw_pair(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W, 3) uint8 RGB and its alpha (H, W) uint8, 192 to 256 pixels a side."""
+    height, width = (int(side) for side in rng.integers(12, 17, size=2) * 16)
+    alpha = draw_alpha(rng, height, width)
+    palette = draw_palette(rng)
+    ground = paint(palette, smooth_noise(rng, height, width))
+    objects = paint(palette, fine_pattern(rng, height, width))
+    shadow = 1 - 0.35 * cv2.GaussianBlur(np.roll(alpha, (5, 4), axis=(0, 1)), (0, 0), 5)
+    rim = np.clip(0.1 + cv2.GaussianBlur(alpha, (0, 0), 2), 0, 1)
+    opacity = alpha[:, :, None]
+    image = opacity * objects * rim[:, :, None] + (1 - opacity) * ground * shadow[:, :, None]
+    image += rng.normal(0, 3, image.shape)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8), np.rint(alpha * 255).astype(np.uint8)
+
+
+def draw_palette(rng: Generator) -> np.ndarray:
+    """Three colours (3, 3) in [0, 255]: dark, middle, light, in neighbouring or opposite hues."""
+    hue = rng.uniform(0, 180)
+    hues = hue + np.array([0, rng.choice([15, 30, 60]), rng.choice([30, 60, 90])])
+    hsv = np.stack([hues % 180, rng.uniform(70, 190, 3), [rng.uniform(50, 90), rng.uniform(120, 170), 235]], axis=1)
+    return cv2.cvtColor(hsv.astype(np.uint8)[None], cv2.COLOR_HSV2RGB)[0].astype(np.float64)
+
+
+def paint(palette: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as colours between the palette's; ranks instead of values, so all colours are equally common."""
+    ranks = np.empty(values.size)
+    ranks[np.argsort(values, axis=None, kind="stable")] = np.linspace(0, 2, values.size)
+    lower = np.minimum(ranks.astype(int), 1)
+    blend = (ranks - lower)[:, None]
+    return (palette[lower] * (1 - blend) + palette[lower + 1] * blend).reshape(*values.shape, 3)
+
+
+def smooth_noise(rng: Generator, height: int, width: int) -> np.ndarray:
+    """Clouds: noise of a few coarse scales, nothing as fine as the patterns."""
+    noise = np.zeros((height, width))
+    for cells, weight in ((3, 1.0), (5, 0.6), (8, 0.25)):
+        noise += weight * cv2.resize(rng.normal(size=(cells, cells)), (width, height), interpolation=cv2.INTER_CUBIC)
+    return noise
+
+
+def fine_pattern(rng: Generator, height: int, width: int) -> np.ndarray:
+    """Stripes, waves, checks or dots of 9 to 14 pixels' period, turned by any angle."""
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    angle, frequency = rng.uniform(0, np.pi), 2 * np.pi / rng.uniform(9, 14)
+    u = frequency * (x * np.cos(angle) + y * np.sin(angle))
+    v = frequency * (y * np.cos(angle) - x * np.sin(angle))
+    patterns = (
+        np.sin(u),
+        np.sin(u + 1.5 * np.sin(v / 3)),
+        np.sin(u) * np.sin(v),
+        np.cos(u) + np.cos(v),
+    )
+    return patterns[rng.integers(len(patterns))] + 0.15 * smooth_noise(rng, height, width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes, in supersampled pixels around a centre
+
+
+def draw_alpha(rng: Generator, height: int, width: int) -> np.ndarray:
+    """One to three shapes in [0, 1], beside each other if there is room, antialiased, some with much softer edges."""
+    alpha = np.zeros((height, width))
+    frame = np.array([width, height])
+    for size in (rng.uniform(0.36, 0.46), *rng.uniform(0.18, 0.28, size=rng.integers(0, 3))):
+        radius = size * min(height, width)
+        crowd = cv2.GaussianBlur(alpha, (0, 0), radius / 2)
+        places = rng.uniform(0.8 * radius, frame - 0.8 * radius, size=(12, 2))
+        centre = min(places, key=lambda place: crowd[int(place[1]), int(place[0])])
+        canvas = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), np.uint8)
+        shape = SHAPES[rng.integers(len(SHAPES))]
+        shape(rng, canvas, centre * SUPERSAMPLING, radius * SUPERSAMPLING)
+        drawn = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA) / 255
+        if rng.random() < 0.3:
+            drawn = cv2.GaussianBlur(drawn, (0, 0), rng.uniform(0.8, 2.4))
+        alpha = np.maximum(alpha, drawn)
+    return alpha
+
+
+def _fill(canvas: np.ndarray, points: np.ndarray, value: int = 255) -> None:
+    cv2.fillPoly(canvas, [np.rint(points).astype(np.int32)], value)
+
+
+def _stroke(canvas: np.ndarray, points: np.ndarray, thickness: float, value: int = 255, closed: bool = False) -> None:
+    cv2.polylines(canvas, [np.rint(points).astype(np.int32)], closed, value, max(1, round(thickness)))
+
+
+def _polar(centre: np.ndarray, angles: np.ndarray, radii: np.ndarray | float) -> np.ndarray:
+    return centre + (radii * np.array([np.cos(angles), np.sin(angles)])).T
+
+
+def _disc(centre: np.ndarray, radius: float) -> np.ndarray:
+    return _polar(centre, np.linspace(0, 2 * np.pi, 90, endpoint=False), radius)
+
+
+def _blob(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
+    """A closed smooth outline, with up to two holes."""
+    angles = np.linspace(0, 2 * np.pi, 240, endpoint=False)
+    outline = np.full_like(angles, 0.9)
+    for k in range(2, 6):
+        outline += rng.uniform(0, 0.25 / k) * np.cos(k * angles + rng.uniform(0, 2 * np.pi))
+    _fill(canvas, _polar(centre, angles, radius * outline))
+    for _ in range(rng.integers(0, 3)):
+        hole = _polar(centre, rng.uniform(0, 2 * np.pi, 1), radius * rng.uniform(0.1, 0.5))[0]
+        _fill(canvas, _disc(hole, radius * rng.uniform(0.12, 0.22)), 0)
+
+
+def _ring(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
+    """One to three rings in each other."""
+    for outer in np.linspace(1, 0.4, rng.integers(1, 4)):
+        _stroke(canvas, _disc(centre, radius * outer), radius * rng.uniform(0.12, 0.26), closed=True)
+
+
+def _gear(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
+    """A gear, a flower or a star, with a hole in the middle."""
+    angles = np.linspace(0, 2 * np.pi, 720, endpoint=False)
+    wave = np.cos(rng.integers(5, 11) * angles + rng.uniform(0, 2 * np.pi))
+    outline = (np.sign(wave), wave, np.abs(wave))[rng.integers(3)]
+    _fill(canvas, _polar(centre, angles, radius * (0.85 + 0.18 * outline)))
+    _fill(canvas, _disc(centre, radius * rng.uniform(0.2, 0.4)), 0)
+
+
+def _leaf(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
+    """A pointed leaf on a stem, its veins cut out."""
+    turn = rng.uniform(0, 2 * np.pi)
+    along, across = _polar(np.zeros(2), np.array([turn, turn + np.pi / 2]), 1.0)
+    t = np.linspace(0, 1, 120)
+    half_width = radius * rng.uniform(0.4, 0.6) * np.sin(np.pi * t) * (1 - 0.35 * t)
+    spine = centre + np.outer(radius * (2 * t - 1), along)
+    edges = [spine + np.outer(side * half_width, across) for side in (1, -1)]
+    _fill(canvas, np.concatenate([edges[0], edges[1][::-1]]))
+    for position in range(20, 100, 16):
+        for edge in edges:
+            tip = 0.2 * spine[position] + 0.8 * edge[min(position + 14, 119)]
+            _stroke(canvas, np.stack([spine[position], tip]), 0.035 * radius, 0)
+    _stroke(canvas, np.stack([spine[0] - 0.4 * radius * along, spine[10]]), 0.09 * radius)
+
+
+def _wires(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
+    """A bundle of curled wires that end in a bead."""
+    t = np.linspace(0, 1, 160)[:, None]
+    for _ in range(rng.integers(3, 6)):
+        a, b, c, d = _polar(centre, rng.uniform(0, 2 * np.pi, 4), radius * rng.uniform(0.6, 1.3, 4))
+        curve = (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t**2 * c + t**3 * d
+        _stroke(canvas, curve, SUPERSAMPLING * rng.uniform(5, 9))
+        _fill(canvas, _disc(curve[-1], radius * rng.uniform(0.12, 0.2)))
+
+
+def _letter(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
+    """A capital or an ampersand in heavy strokes."""
+    letter = "ABEGHKMRSXZ&"[rng.integers(12)]
+    scale, thickness = radius / 13, round(radius * rng.uniform(0.22, 0.34))
+    (width, height), _ = cv2.getTextSize(letter, cv2.FONT_HERSHEY_DUPLEX, scale, thickness)
+    origin = (round(centre[0] - width / 2), round(centre[1] + height / 2))
+    cv2.putText(canvas, letter, origin, cv2.FONT_HERSHEY_DUPLEX, scale, 255, thickness, cv2.LINE_AA)
+
+
+def _lattice(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
+    """A disc of crossed bars with a rim."""
+    bars, inside = np.zeros_like(canvas), np.zeros_like(canvas)
+    gap, thickness = radius * rng.uniform(0.36, 0.5), radius * rng.uniform(0.12, 0.2)
+    turn = rng.uniform(0, np.pi / 2)
+    for direction in (turn, turn + np.pi / 2):
+        along, across = _polar(np.zeros(2), np.array([direction, direction + np.pi / 2]), 1.0)
+        for offset in np.arange(-radius, radius, gap):
+            middle = centre + (offset + gap / 2) * across
+            _stroke(bars, np.stack([middle - radius * along, middle + radius * along]), thickness)
+    _fill(inside, _disc(centre, radius))
+    np.maximum(canvas, bars & inside, out=canvas)
+    _stroke(canvas, _disc(centre, radius), thickness, closed=True)
+
+
+SHAPES: tuple[Callable[[Generator, np.ndarray, np.ndarray, float], None], ...] = (
+    _blob,
+    _ring,
+    _gear,
+    _leaf,
+    _wires,
+    _letter,
+    _lattice,
+)

@@ -1,0 +1,72 @@
+"""The tasks, a row each: how samples are read, become targets and batches, are scored and are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset import BinaryFolders, Reader, Sample, binary_target, collate_binary
+from demo import write_demo
+from errors import UserError, nearest
+from metrics import BinaryMetric
+from transforms import OFFICIAL_BINARY
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that the programs ask a task for."""
+
+    name: str
+    reader: Callable[..., Reader]  # (spec, root=, class_names=) -> Reader
+    make_target: Callable[[Sample, Sample | None], Any]
+    collate_targets: Callable[[list[Any]], Any]
+    metric: Callable[[], Any]
+    augment: list[dict[str, Any]]  # the official recipe
+    console: list[tuple[str, str]]  # (short name in the console line, metric)
+    color: Callable[[dict[str, float], Any], str]  # (batch scores, logging settings) -> colour of the line
+    draw: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, mask) -> picture
+    write_demo: Callable[[Path], Path]  # draws the demo data into a folder with train/ and val/
+
+
+def binary_color(scores: dict[str, float], limits: Any) -> str:
+    """Red for a poor Jaccard index, green for a good BCE accuracy, cyan when Dice is good as well, else blue."""
+    if scores["jaccard"] < limits.red_below_jaccard:
+        return "red"
+    if scores["bce_accuracy"] > limits.green_above_bce_accuracy:
+        return "cyan" if scores["dice"] > limits.cyan_above_dice else "green"
+    return "blue"
+
+
+def draw_binary(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The object as it is on a darkened, desaturated ground: (H, W, 3) and (H, W) uint8 -> (H, W, 3) uint8."""
+    weight = alpha[..., None].astype(np.float32) / 255
+    grey = image.mean(axis=-1, keepdims=True) * 0.35
+    ground = grey + np.array([12.0, 20.0, 60.0])
+    return (image * weight + ground * (1 - weight)).clip(0, 255).astype(np.uint8)
+
+
+TASKS = {
+    "binary": Task(
+        name="binary",
+        reader=BinaryFolders,
+        make_target=binary_target,
+        collate_targets=collate_binary,
+        metric=BinaryMetric,
+        augment=OFFICIAL_BINARY,
+        console=[("BC", "bce_accuracy"), ("DI", "dice"), ("JI", "jaccard"), ("SI", "ssim")],
+        color=binary_color,
+        draw=draw_binary,
+        write_demo=write_demo,
+    ),
+}
+
+
+def get_task(name: str) -> Task:
+    """The row of a task; an unknown name is a `UserError`."""
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,332 @@
+"""Augmentation by name: albumentations' transforms and a few of its own kind, with a random stream per sample.
+
+The only file that imports albumentations. A list of `{name: ..., p: ..., **arguments}`, as YAML gives it, becomes an
+`Augment`, whose output is a pure function of (sample, size, seed sequence), in whichever process it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import os
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
+import albumentations as A
+from albumentations.core.composition import BaseCompose
+from albumentations.core.transforms_interface import BasicTransform
+
+from errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from dataset import Sample
+
+Size = tuple[int, int]  # (height, width)
+Range = tuple[float, float]
+
+OFFICIAL_BINARY: list[dict[str, Any]] = [
+    {"name": "HorizontalFlip", "p": 0.5},
+    {"name": "Rotate", "p": 0.2, "limit": 15, "interpolation": "INTER_CUBIC", "border_mode": "BORDER_CONSTANT"},
+    {"name": "Enhance", "p": 1.0},
+    {"name": "PepperNoise", "p": 1.0, "amount": 0.0015},
+]
+"""BiRefNet's recipe: flip, rotate, brightness, contrast, colour, sharpness, and scattered black and white pixels."""
+
+STRONG_BINARY: list[dict[str, Any]] = [
+    {"name": "HorizontalFlip", "p": 0.5},
+    {"name": "VerticalFlip", "p": 0.5},
+    {"name": "RandomResizedCrop", "p": 0.7, "scale": [0.5, 1.0], "ratio": [0.75, 1.333]},
+    {"name": "RotateZoom", "p": 0.5, "limit": 45, "zoom": [0.9, 1.2], "border": "reflect"},
+    {"name": "Enhance", "p": 0.8, "brightness": [0.6, 1.4], "contrast": [0.6, 1.4], "color": [0.3, 1.7]},
+    {"name": "HueSaturationValue", "p": 0.3},
+    {"name": "GaussianBlur", "p": 0.1, "sigma_limit": [0.3, 1.5]},
+    {"name": "GaussNoise", "p": 0.2, "std_range": [0.01, 0.06]},
+]
+"""For a few dozen images of things that look the same from all sides."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a list of names to one sample
+
+
+def resize(sample: Sample, size: Size) -> Sample:
+    """Frames and alpha at `size`; the aspect ratio is not kept, as in the official pipeline.
+
+    Bilinear without antialiasing (OpenCV's), for the mask as well: its edges become soft.
+    """
+    masks = None if sample.masks is None else _resize(sample.masks, size)
+    return dataclasses.replace(sample, frames=[_resize(frame, size) for frame in sample.frames], masks=masks)
+
+
+def _resize(image: np.ndarray, size: Size) -> np.ndarray:
+    if image.shape[:2] == tuple(size):
+        return image
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+class Augment:
+    """The listed transforms, in order, on a still image and its alpha at the model's size.
+
+    Each entry is `{name, p, **arguments}`: a transform of this file, or of albumentations; a composition (`OneOf`,
+    `SomeOf`, `Sequential`) has its own list under `transforms`. OpenCV's constants go by name ("INTER_CUBIC"). A
+    transform that needs a size and is given none gets the model's. Alpha is interpolated linearly throughout.
+
+    Raises:
+        UserError: an unknown name or argument, or a value that the transform refuses.
+    """
+
+    def __init__(self, transforms: Sequence[dict[str, Any]]):
+        self.transforms = list(transforms)
+        self._composed: dict[Size, A.Compose] = {}
+        self._compose((64, 64))  # so that mistakes show before the first sample
+
+    def __call__(self, sample: Sample, size: Size, seeds: np.random.SeedSequence) -> Sample:
+        sample = resize(sample, size)
+        (image,) = sample.frames
+        composed = self._compose(size)
+        generator = np.random.Generator(np.random.PCG64(seeds))
+        # One pair of streams for the whole list; albumentations' own seeding would give each transform the same one.
+        composed.set_random_state(generator, random.Random(int(generator.integers(2**63))))
+        cv2.setRNGSeed(int(generator.integers(2**31)))  # some transforms draw from OpenCV
+        targets = {"image": image} if sample.masks is None else {"image": image, "mask": sample.masks}
+        result = composed(**targets)
+        return resize(dataclasses.replace(sample, frames=[result["image"]], masks=result.get("mask")), size)
+
+    def _compose(self, size: Size) -> A.Compose:
+        if size not in self._composed:
+            built = [_build(entry, size) for entry in self.transforms]
+            self._composed[size] = A.Compose(built, mask_interpolation=cv2.INTER_LINEAR)
+        return self._composed[size]
+
+
+def _build(entry: dict[str, Any], size: Size) -> BasicTransform | BaseCompose:
+    """One transform, or a composition with its children, from its entry in the list."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise UserError(f"augmentation: {entry!r} must be a mapping with the name of a transform, as {{name: Rotate}}")
+    arguments = {key: _constant(value) for key, value in entry.items() if key != "name"}
+    kind = _transform_named(entry["name"])
+    accepted = inspect.signature(kind).parameters.keys()
+    for key in arguments:
+        if key not in accepted:
+            known = f"it takes {', '.join(sorted(accepted))}"
+            raise UserError(f"augmentation: {entry['name']} has no argument {key!r}{nearest(key, accepted)}; {known}")
+    for key, value in (("size", size), ("height", size[0]), ("width", size[1])):
+        if key in accepted:
+            arguments.setdefault(key, value)
+    if "transforms" in accepted:
+        arguments["transforms"] = [_build(child, size) for child in arguments.get("transforms", [])]
+    try:
+        return kind(**arguments)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"augmentation: {entry['name']} refuses its arguments: {reason}") from error
+
+
+def _constant(value: Any) -> Any:
+    """`"INTER_CUBIC"` → `cv2.INTER_CUBIC`."""
+    if isinstance(value, str) and value.startswith(("INTER_", "BORDER_")) and hasattr(cv2, value):
+        return getattr(cv2, value)
+    return value
+
+
+def _transform_named(name: str) -> type:
+    own = {kind.__name__: kind for kind in (Enhance, PepperNoise, RotateZoom, BackgroundSynthesis)}
+    found = own.get(name) or getattr(A, name, None)
+    if inspect.isclass(found) and issubclass(found, (BasicTransform, BaseCompose)):
+        return found
+    known = [key for key, kind in vars(A).items() if inspect.isclass(kind) and issubclass(kind, BasicTransform)]
+    raise UserError(f"augmentation: there is no transform {name!r}{nearest(name, [*own, *known])}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Own transforms
+
+
+class Enhance(A.ImageOnlyTransform):
+    """Brightness, contrast, colour and sharpness, each by a factor drawn from its range; 1 leaves the image as it is.
+
+    What PIL's ImageEnhance classes compute, in that order, with the two colour operations and the sharpening kernel
+    each applied in one pass and rounded where PIL truncates (a level or two of difference).
+    """
+
+    class InitSchema(BasicTransform.InitSchema):
+        brightness: Range
+        contrast: Range
+        color: Range
+        sharpness: Range
+
+    def __init__(
+        self,
+        brightness: Range = (0.5, 1.5),
+        contrast: Range = (0.5, 1.5),
+        color: Range = (0.0, 2.0),
+        sharpness: Range = (0.0, 3.0),
+        p: float = 0.5,
+    ):
+        super().__init__(p=p)
+        self.brightness, self.contrast, self.color, self.sharpness = brightness, contrast, color, sharpness
+
+    def get_params(self) -> dict[str, Any]:
+        return {
+            "factors": tuple(
+                self.py_random.uniform(*limits)
+                for limits in (self.brightness, self.contrast, self.color, self.sharpness)
+            )
+        }
+
+    def apply(self, img: np.ndarray, factors: tuple[float, float, float, float], **params: Any) -> np.ndarray:
+        brightness, contrast, color, sharpness = factors
+        return sharpen(saturate(scale_contrast(scale_brightness(img, brightness), contrast), color), sharpness)
+
+
+LUMINANCE = np.array([0.299, 0.587, 0.114])  # of RGB, ITU-R 601
+
+
+def scale_brightness(image: np.ndarray, factor: float) -> np.ndarray:
+    """Towards (below 1) or away from (above 1) black."""
+    return cv2.LUT(image, np.clip(np.arange(256) * factor, 0, 255).astype(np.uint8))
+
+
+def scale_contrast(image: np.ndarray, factor: float) -> np.ndarray:
+    """Towards or away from the grey of the image's mean luminance."""
+    mean = round(float(LUMINANCE @ cv2.mean(image)[:3]))
+    return cv2.LUT(image, np.clip(mean + factor * (np.arange(256) - mean), 0, 255).astype(np.uint8))
+
+
+def saturate(image: np.ndarray, factor: float) -> np.ndarray:
+    """Towards or away from each pixel's own luminance."""
+    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * np.tile(LUMINANCE, (3, 1)))
+
+
+def sharpen(image: np.ndarray, factor: float) -> np.ndarray:
+    """Towards or away from a smoothed image; the outermost pixels stay, as in PIL."""
+    smooth = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    identity = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    result = image.copy()
+    result[1:-1, 1:-1] = cv2.filter2D(image, -1, factor * identity + (1 - factor) * smooth)[1:-1, 1:-1]
+    return result
+
+
+class PepperNoise(A.ImageOnlyTransform):
+    """A share of the pixels, at random places, turned black or white."""
+
+    class InitSchema(BasicTransform.InitSchema):
+        amount: float
+
+    def __init__(self, amount: float = 0.0015, p: float = 0.5):
+        super().__init__(p=p)
+        self.amount = amount
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        places = self.random_generator.integers(height * width, size=int(self.amount * height * width))
+        return {"places": places, "values": 255 * self.random_generator.integers(2, size=len(places), dtype=np.uint8)}
+
+    def apply(self, img: np.ndarray, places: np.ndarray, values: np.ndarray, **params: Any) -> np.ndarray:
+        noisy = img.copy()
+        noisy.reshape(-1, img.shape[-1])[places] = values[:, None]
+        return noisy
+
+
+class RotateZoom(A.DualTransform):
+    """Rotation by up to `limit` degrees and a zoom about the centre, without black corners.
+
+    `border="crop"` first enlarges as far as the rotation needs to fill the frame, and zooms from there (zoom >= 1);
+    `border="reflect"` mirrors the picture at its edges, and may zoom out.
+    """
+
+    class InitSchema(BasicTransform.InitSchema):
+        limit: float
+        zoom: Range
+        border: str
+
+    def __init__(self, limit: float = 30.0, zoom: Range = (1.0, 1.5), border: str = "crop", p: float = 0.5):
+        super().__init__(p=p)
+        if border not in ("crop", "reflect"):
+            raise ValueError(f"border must be crop or reflect, not {border!r}")
+        if min(zoom) < (1.0 if border == "crop" else 0.1):
+            raise ValueError(f"zoom {zoom} must be at least 1 with border crop, 0.1 with border reflect")
+        self.limit, self.zoom, self.border = limit, zoom, border
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        angle, zoom = self.py_random.uniform(-self.limit, self.limit), self.py_random.uniform(*self.zoom)
+        if self.border == "crop":
+            radians, aspect = math.radians(abs(angle)), max(height / width, width / height)
+            # The frame's corners, turned back, must fall inside the picture; linear interpolation needs one pixel more.
+            zoom *= (abs(math.cos(radians)) + aspect * math.sin(radians)) * (1 + 2 / min(height, width))
+        return {"matrix": cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, zoom)}
+
+    def apply(self, img: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
+        size = (img.shape[1], img.shape[0])
+        return cv2.warpAffine(img, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+
+    def apply_to_mask(self, mask: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
+        return self.apply(mask, matrix)
+
+
+class BackgroundSynthesis(A.ImageOnlyTransform):
+    """The foreground on one flat colour, composited with its soft alpha.
+
+    As in the official code: 40 % one grey, 40 % the foreground's mean colour made up to 20 % lighter or darker (hard
+    negatives), 20 % any colour. The mean is weighted by alpha here (there: over all of alpha above 0), and an image
+    without foreground stays as it is (there: not a number).
+    """
+
+    @property
+    def targets_as_params(self) -> list[str]:
+        return ["image", "mask"]
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        image, alpha = data["image"], data["mask"]
+        total = float(alpha.sum(dtype=np.int64))
+        if total == 0:
+            return {"alpha": np.full_like(alpha, 255), "color": np.zeros(3)}
+        choice = self.py_random.random()
+        if choice < 0.4:
+            color = np.full(3, self.py_random.randint(0, 255))
+        elif choice < 0.8:
+            mean = np.einsum("hwc,hw->c", image, alpha, dtype=np.float64) / total
+            lighter, amount = self.py_random.random() < 0.5, self.py_random.uniform(0, 0.2)
+            color = mean + amount * (255 - mean) if lighter else mean - amount * mean
+        else:
+            color = np.array([self.py_random.randint(0, 255) for _ in range(3)])
+        return {"alpha": alpha, "color": color}
+
+    def apply(self, img: np.ndarray, alpha: np.ndarray, color: np.ndarray, **params: Any) -> np.ndarray:
+        weight = alpha[:, :, None].astype(np.float32) / 255
+        return np.rint(img * weight + color.astype(np.float32) * (1 - weight)).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at it
+
+
+def preview_sheet(samples: Sequence[Sample], *, columns: int = 4, cell: int = 192) -> np.ndarray:
+    """A contact sheet, (H, W, 3) uint8 RGB: each sample's image beside its alpha, `cell` pixels wide, with its name."""
+    cells = [_preview_cell(sample, cell) for sample in samples]
+    columns = min(columns, len(cells))
+    height, width = max(c.shape[0] for c in cells), cells[0].shape[1]
+    sheet = np.full((math.ceil(len(cells) / columns) * height, columns * width, 3), 32, np.uint8)
+    for i, picture in enumerate(cells):
+        top, left = i // columns * height, i % columns * width
+        sheet[top : top + picture.shape[0], left : left + width] = picture
+    return sheet
+
+
+def _preview_cell(sample: Sample, cell: int) -> np.ndarray:
+    """Image and alpha side by side, a caption below, a margin around."""
+    image = sample.frames[0]
+    size = (max(1, round(image.shape[0] * cell / image.shape[1])), cell)
+    alpha = np.zeros(image.shape[:2], np.uint8) if sample.masks is None else sample.masks
+    both = np.hstack([_resize(image, size), np.repeat(_resize(alpha, size)[:, :, None], 3, axis=2)])
+    framed = cv2.copyMakeBorder(both, 4, 20, 4, 4, cv2.BORDER_CONSTANT, value=(32, 32, 32))
+    place = (6, framed.shape[0] - 6)
+    caption = sample.sample_id.encode("ascii", "replace").decode()  # OpenCV's fonts know no other letters
+    return cv2.putText(framed, caption, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (220, 220, 220), 1, cv2.LINE_AA)
