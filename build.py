@@ -152,6 +152,8 @@ def build_model(config: Config, reader: Reader, world: World, log: Log) -> Any:
     if config.train.activation_checkpointing:
         model.set_activation_checkpointing(True)
     if config.train.sync_bn and world.size > 1:
+        if world.device.type != "cuda":
+            raise UserError("train.sync_bn needs CUDA devices: torch has no synchronised batch norm for others")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     return model.to(world.device, memory_format=layout)

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -26,6 +26,7 @@ from settings import FAMILY_SETTINGS, BiRefNetSettings, Config
 __all__ = ["FAMILY_SETTINGS", "BiRefNetSettings", "Config", "load"]
 
 ROOT = Path(__file__).resolve().parent
+T = TypeVar("T")
 
 
 # ---------------------------------------------------------------- other names for the same keys
@@ -148,7 +149,7 @@ def convert(value: Any, hint: Any) -> Any:
             return [convert(item, args[0]) for item in items]
         if not isinstance(value, dict):
             raise ValueError
-        return {str(k): convert(v, args[1]) if args else v for k, v in value.items()}
+        return {str(k): convert(v, args[1]) if args else _untyped(v) for k, v in value.items()}
     if hint is bool:
         if isinstance(value, bool):
             return value
@@ -180,6 +181,16 @@ def convert(value: Any, hint: Any) -> Any:
 
 def _refuse() -> Any:
     raise ValueError
+
+
+def _untyped(value: Any) -> Any:
+    """A value that no type is known of, with the numbers that YAML 1.1 takes for text: 1e-3."""
+    if isinstance(value, dict):
+        return {key: _untyped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_untyped(item) for item in value]
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value)
+    return float(value) if is_number else value
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -266,6 +277,8 @@ def file_layer(path: Path, known: dict[str, Key]) -> dict[str, Value]:
         for name, raw in mapping.items():
             key = resolve_name(prefix + str(name), known, str(path))
             if isinstance(key, Key):
+                if key.path in layer:
+                    raise UserError(f"{prefix}{name} (from {path}) sets {key.path}, which stands there already")
                 layer[key.path] = Value(raw, str(path), path.resolve().parent)
             elif key == "section":
                 if not isinstance(raw, dict | None):
@@ -286,7 +299,8 @@ def resolve_name(name: str, known: dict[str, Key], source: str) -> Key | Literal
         return known[path]
     if any(key.startswith(path + ".") for key in known):
         return "section"
-    raise UserError(f"unknown key {name} (from {source}){nearest(plain, [*known, *ALIASES])}")
+    names = [*known, *(alias for alias, target in ALIASES.items() if target in known)]
+    raise UserError(f"unknown key {name} (from {source}){nearest(plain, names)}")
 
 
 def flag_layer(arguments: list[str], known: dict[str, Key]) -> dict[str, Value]:
@@ -313,10 +327,19 @@ def flag_layer(arguments: list[str], known: dict[str, Key]) -> dict[str, Value]:
         if not values and not is_switch:
             raise UserError(f"--{name} needs a value: {describe(key.hint)}")
         raw: Any = (not negated) if not values else values[0] if len(values) == 1 else values
+        if values and key.metadata.get("verbatim"):
+            raw = values
         if len(values) > 1 and get_origin(key.hint) is not list:
             raise UserError(f"--{name} takes one value, not {len(values)}: {' '.join(values)}")
         layer[key.path] = Value(raw, f"flag --{name}", Path.cwd())
     return layer
+
+
+def launcher_layer() -> dict[str, Value]:
+    """What `accelerate launch --mixed_precision X` says; its other variables are those of torchrun."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    said = os.environ.get(name)
+    return {"train.mixed_precision": Value(said, f"environment variable {name}", Path.cwd())} if said else {}
 
 
 def _is_flag(text: str) -> bool:
@@ -356,10 +379,12 @@ def load(flags: list[str], presets: list[str] | None = None) -> Config:
     """
     named, flags = take_values(flags, "config")
     paths = [preset_path(name) for name in [*(presets or []), *named]]
-    if config_vars_path().is_file():
+    has_vars = config_vars_path().is_file()
+    if has_vars:
         paths.append(config_vars_path())
     known = known_keys(chosen_family(paths, flags))
     layers = [file_layer(path, known) for path in paths]
+    layers.insert(len(layers) - has_vars, launcher_layer())
     layers.append(flag_layer(flags, known))
     data_named = any(key in layer for layer in layers for key in ("data.root", "data.train", "data.val", "data.test"))
     if not data_named:
@@ -400,7 +425,7 @@ def build(values: dict[str, Value], known: dict[str, Key]) -> Config:
     return config
 
 
-def apply(config: Config, values: dict[str, Value], known: dict[str, Key]) -> None:
+def apply(config: Any, values: dict[str, Value], known: dict[str, Key]) -> None:
     """Check raw values and write them into `config`."""
     for path, value in values.items():
         result = check_value(known[path], value.raw, value.source)
@@ -549,11 +574,14 @@ def differences(old: Config, new: Config, frozen_only: bool = False) -> list[str
     return lines
 
 
-def help_text(usage: str, actions: dict[str, str], with_settings: bool = True) -> str:
+def help_text(usage: str, actions: dict[str, str], options: type = Config) -> str:
     """The page that `--help` prints: usage, the command's own switches, every setting with its default."""
     lines = [usage, ""]
     lines += [f"  --{name:<28} {doc}" for name, doc in actions.items()]
-    if not with_settings:
+    if options is not Config:
+        for key in keys_of(options):
+            default = "" if key.default in ("", []) else f" [{key.default}]"
+            lines.append(f"  --{key.path:<28} {key.metadata['doc']}{default}")
         return "\n".join(lines)
     lines += [f"  --{'config A B':<28} YAML files, or names of presets in configs/", ""]
     lines.append("Settings, each a YAML key and a flag (default in brackets):")
@@ -571,10 +599,10 @@ def help_text(usage: str, actions: dict[str, str], with_settings: bool = True) -
     return "\n".join(lines)
 
 
-def answer_at_once(usage: str, actions: dict[str, str]) -> None:
+def answer_at_once(usage: str, actions: dict[str, str], options: type = Config) -> None:
     """Print `--help` and leave, before anything heavy is imported."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(f"usage: python {usage}", actions))
+        print(help_text(f"usage: python {usage}", actions, options))
         sys.exit(0)
 
 
@@ -602,3 +630,11 @@ def apply_flags(config: Config, flags: list[str]) -> Config:
     apply(config, flag_layer(flags, known), known)
     cross_check(config)
     return config
+
+
+def parse_options(options: type[T], arguments: list[str]) -> T:
+    """The options of a command that takes no configuration: a documented dataclass, filled from flags and checked."""
+    known = {key.path: key for key in keys_of(options)}
+    result = options()
+    apply(result, flag_layer(arguments, known), known)
+    return result

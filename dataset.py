@@ -25,6 +25,7 @@ import math
 import os
 import signal
 import tempfile
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -219,7 +220,7 @@ def _decode(path: str | os.PathLike[str]) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # PIL warns from here on, which we refuse, and raises from twice as much
     try:
         # Only formats decoded in this process: PIL hands some others to external programs.
-        image = Image.open(path, formats=("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF"))
+        image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"))
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width}x{image.height}")
         image.load()
@@ -1000,12 +1001,24 @@ def build_loader(
 
 
 def _start_worker(worker: int) -> None:
-    """One thread per worker; stopping is the main process's business: launchers signal the whole process group, and a
-    worker that died of it would take the last checkpoint's time away. Workers end with the process that they serve."""
+    """One thread per worker, and deaf to everyone but the process it serves.
+
+    Launchers signal whole process groups; a worker that died of it would make the loop fail where it means to save.
+    """
     cv2.setNumThreads(0)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's own handler stays
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(process: int) -> None:
+    """Exit on a SIGTERM of that process, as a loader sends to workers that it could not stop otherwise."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        continue
+    os._exit(0)
 
 
 def composition(samples: Iterable[SampleInfo], names: Sequence[str]) -> list[int]:

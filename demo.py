@@ -19,7 +19,7 @@ from PIL import Image
 
 from errors import UserError
 
-VERSION = 1  # of what is drawn; raise it whenever a pixel changes
+VERSION = 2  # of what is drawn; raise it whenever a pixel changes
 COUNTS = {"train": 64, "val": 16}
 MARKER = "DEMO"  # a file in the folder, written last, that says which drawing it holds
 SUPERSAMPLING = 4
@@ -146,19 +146,19 @@ def fine_pattern(rng: Generator, height: int, width: int) -> np.ndarray:
 
 def draw_alpha(rng: Generator, height: int, width: int) -> np.ndarray:
     """One to three shapes in [0, 1], beside each other if there is room, antialiased, some with much softer edges."""
-    alpha = np.zeros((height, width))
-    frame = np.array([width, height])
-    for size in (rng.uniform(0.36, 0.46), *rng.uniform(0.18, 0.28, size=rng.integers(0, 3))):
+    alpha: np.ndarray = np.zeros((height, width))
+    sizes = [rng.uniform(0.38, 0.46), *rng.uniform(0.18, 0.28, size=rng.integers(0, 3))]
+    for i, size in enumerate(sizes):
         radius = size * min(height, width)
         crowd = cv2.GaussianBlur(alpha, (0, 0), radius / 2)
-        places = rng.uniform(0.8 * radius, frame - 0.8 * radius, size=(12, 2))
+        places = rng.uniform(0.8 * radius, np.array([width, height]) - 0.8 * radius, size=(12, 2))
         centre = min(places, key=lambda place: crowd[int(place[1]), int(place[0])])
         canvas = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), np.uint8)
-        shape = SHAPES[rng.integers(len(SHAPES))]
+        shape = SHAPES[rng.integers(len(SHAPES) - (i == 0))]  # the largest is no wires: each picture has some area
         shape(rng, canvas, centre * SUPERSAMPLING, radius * SUPERSAMPLING)
         drawn = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA) / 255
-        if rng.random() < 0.3:
-            drawn = cv2.GaussianBlur(drawn, (0, 0), rng.uniform(0.8, 2.4))
+        if rng.random() < 0.25:
+            drawn = cv2.GaussianBlur(drawn, (0, 0), rng.uniform(0.8, 2.0))
         alpha = np.maximum(alpha, drawn)
     return alpha
 
@@ -182,10 +182,8 @@ def _disc(centre: np.ndarray, radius: float) -> np.ndarray:
 def _blob(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
     """A closed smooth outline, with up to two holes."""
     angles = np.linspace(0, 2 * np.pi, 240, endpoint=False)
-    outline = np.full_like(angles, 0.9)
-    for k in range(2, 6):
-        outline += rng.uniform(0, 0.25 / k) * np.cos(k * angles + rng.uniform(0, 2 * np.pi))
-    _fill(canvas, _polar(centre, angles, radius * outline))
+    waves = [rng.uniform(0, 0.25 / k) * np.cos(k * angles + rng.uniform(0, 2 * np.pi)) for k in range(2, 6)]
+    _fill(canvas, _polar(centre, angles, radius * (0.9 + np.sum(waves, axis=0))))
     for _ in range(rng.integers(0, 3)):
         hole = _polar(centre, rng.uniform(0, 2 * np.pi, 1), radius * rng.uniform(0.1, 0.5))[0]
         _fill(canvas, _disc(hole, radius * rng.uniform(0.12, 0.22)), 0)
@@ -222,16 +220,6 @@ def _leaf(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float)
     _stroke(canvas, np.stack([spine[0] - 0.4 * radius * along, spine[10]]), 0.09 * radius)
 
 
-def _wires(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
-    """A bundle of curled wires that end in a bead."""
-    t = np.linspace(0, 1, 160)[:, None]
-    for _ in range(rng.integers(3, 6)):
-        a, b, c, d = _polar(centre, rng.uniform(0, 2 * np.pi, 4), radius * rng.uniform(0.6, 1.3, 4))
-        curve = (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t**2 * c + t**3 * d
-        _stroke(canvas, curve, SUPERSAMPLING * rng.uniform(5, 9))
-        _fill(canvas, _disc(curve[-1], radius * rng.uniform(0.12, 0.2)))
-
-
 def _letter(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
     """A capital or an ampersand in heavy strokes."""
     letter = "ABEGHKMRSXZ&"[rng.integers(12)]
@@ -244,7 +232,7 @@ def _letter(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: floa
 def _lattice(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
     """A disc of crossed bars with a rim."""
     bars, inside = np.zeros_like(canvas), np.zeros_like(canvas)
-    gap, thickness = radius * rng.uniform(0.36, 0.5), radius * rng.uniform(0.12, 0.2)
+    gap, thickness = radius * rng.uniform(0.4, 0.5), radius * rng.uniform(0.15, 0.2)
     turn = rng.uniform(0, np.pi / 2)
     for direction in (turn, turn + np.pi / 2):
         along, across = _polar(np.zeros(2), np.array([direction, direction + np.pi / 2]), 1.0)
@@ -256,12 +244,22 @@ def _lattice(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: flo
     _stroke(canvas, _disc(centre, radius), thickness, closed=True)
 
 
+def _wires(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float) -> None:
+    """A bundle of curled wires that end in a bead."""
+    t = np.linspace(0, 1, 160)[:, None]
+    for _ in range(rng.integers(3, 6)):
+        a, b, c, d = _polar(centre, rng.uniform(0, 2 * np.pi, 4), radius * rng.uniform(0.6, 1.3, 4))
+        curve = (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t**2 * c + t**3 * d
+        _stroke(canvas, curve, SUPERSAMPLING * rng.uniform(5, 9))
+        _fill(canvas, _disc(curve[-1], radius * rng.uniform(0.12, 0.2)))
+
+
 SHAPES: tuple[Callable[[Generator, np.ndarray, np.ndarray, float], None], ...] = (
     _blob,
     _ring,
     _gear,
     _leaf,
-    _wires,
     _letter,
     _lattice,
+    _wires,
 )

@@ -5,17 +5,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from config import answer_at_once
 from errors import UserError, run_command
 
-ACTIONS = {"checkpoint A B": "run folders or checkpoint files to score", "help": "this page"}
+ACTIONS = {
+    "checkpoint A B": "run folders, checkpoints or official weights files to score",
+    "debug": "show the traceback of a user error",
+    "help": "this page",
+}
 
 if __name__ == "__main__":
     answer_at_once("evaluate.py --checkpoint RUN [RUN ...] [--data.test SETS] [settings]", ACTIONS)
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +33,10 @@ from tqdm import tqdm
 from build import build_eval_loader
 from checkpoint import load_model
 from config import Config, apply_flags, from_dict, take_values
-from dataset import Batch, check, fail_on
-from tasks import get_task
+from config import load as load_config
+from dataset import Batch, Fault, Reader, check, drop, fail_on, limit
+from predict import predict
+from tasks import Task, get_task
 from utils import Precision, World, choose_precision, join_world, leave_world
 
 
@@ -56,32 +65,35 @@ def evaluate(
     return metric
 
 
-def predict(model: Any, batch: Batch, tta: bool = False) -> dict[str, torch.Tensor]:
-    """`model.predict`, with `tta` averaged in probability with that of the mirrored image."""
-    predictions = model.predict(batch)
-    if not tta:
-        return predictions
-    mirrored = model.predict(Batch(batch.images.flip(-1), None, batch.samples))["logits"].flip(-1)
-    mean = (predictions["logits"].float().sigmoid() + mirrored.float().sigmoid()) / 2
-    return {**predictions, "logits": torch.logit(mean, eps=1e-7)}
+# ---------------------------------------------------------------- one checkpoint
 
 
-def score_checkpoint(path: Path, flags: list[str], world: World) -> dict[str, dict[str, float]]:
-    """{test set: {metric: mean}} of one checkpoint; the settings are the run's own, changed by `flags`."""
+@dataclass
+class Score:
+    """What one checkpoint reached on one test set."""
+
+    checkpoint: str
+    test_set: str
+    samples: int
+    values: dict[str, float]
+
+
+def score_checkpoint(path: Path, flags: list[str], world: World, faults: FaultsOf | None = None) -> list[Score]:
+    """A score for each test set, and one over all samples where there are several.
+
+    The settings are the run's own, changed by `flags`; official weights have none, so theirs are those of the flags
+    (with presets and config_vars.yml). Data that `faults` knows is not checked again.
+    """
     model, meta = load_model(path)
-    config = apply_flags(from_dict(meta.get("config", {}), str(path)), flags)
+    config = settings_for(meta, path, flags)
+    progress = config.logging.progress and sys.stderr.isatty()
+    workers = config.data.num_workers if config.data.num_workers >= 0 else min(8, (os.cpu_count() or 1) // world.size)
     task = get_task(meta["task"])
-    spec = config.data.test or config.data.val
-    if not spec:
-        raise UserError("nothing to score on: name a test set with --data.test path/to/set (a folder with im/ and gt/)")
-    reader = task.reader(spec, root=config.data.root or None, class_names=meta.get("class_names"))
-    workers = max(0, config.data.num_workers)
-    fail_on(check(reader, workers=2, progress=config.logging.progress))
     loader = build_eval_loader(
-        reader,
+        read_test_sets(config, meta, task, {} if faults is None else faults, progress),
         task,
         batch_size=config.evaluation.batch_size or config.train.batch_size,
-        size=meta.get("size") or config.data.size,
+        size=config.data.size,
         world=world,
         workers=workers,
     )
@@ -92,24 +104,79 @@ def score_checkpoint(path: Path, flags: list[str], world: World) -> dict[str, di
         world=world,
         precision=choose_precision(config.train.mixed_precision, world.device),
         tta=config.evaluation.tta,
-        progress=config.logging.progress,
+        progress=progress,
     )
-    per_dataset = metric.per_dataset()
-    return per_dataset if len(per_dataset) == 1 else {**per_dataset, "all": metric.compute()}
+    counts = Counter(row.dataset for row in metric.rows)
+    scores = [Score(str(path), name, counts[name], values) for name, values in metric.per_dataset().items()]
+    return scores if len(scores) == 1 else [*scores, Score(str(path), "all", counts.total(), metric.compute())]
+
+
+def settings_for(meta: dict[str, Any], path: Path, flags: list[str]) -> Config:
+    """The settings to score a checkpoint with. What bounded the run's own validation does not bound a test."""
+    is_run = "config" in meta
+    if is_run:
+        config = from_dict(meta["config"], str(path))
+        config.data.size = list(meta["size"])
+        config.train.batch_size = config.evaluation.batch_size or config.train.batch_size
+        config.evaluation.batch_size = config.train.test_limit = 0
+        config = apply_flags(config, flags)
+    else:
+        config = load_config(flags)
+    if not (config.data.test or config.data.val or (is_run and config.is_demo)):
+        raise UserError(
+            f"nothing to score {path} on: name a test set with --data.test path/to/set (a folder with im/ and gt/)"
+        )
+    return config
+
+
+FaultsOf = dict[tuple[str, str], list[Fault]]  # by (root, test sets)
+
+
+def read_test_sets(config: Config, meta: dict[str, Any], task: Task, faults: FaultsOf, progress: bool) -> Reader:
+    """The samples to score on, every one decoded once to be sure of it: `data.test`, else what the run validated on."""
+    root, spec = config.data.root, config.data.test or config.data.val
+    if config.is_demo:
+        root, spec = str(task.write_demo(Path("data") / f"demo_{task.name}")), "val"
+    reader = task.reader(spec, root=root or None, class_names=meta.get("class_names"))
+    if (root, spec) not in faults:
+        faults[root, spec] = check(reader, workers=os.cpu_count() or 1, progress=progress)
+    if config.data.on_error == "skip":
+        reader, _ = drop(reader, faults[root, spec])
+    else:
+        fail_on(faults[root, spec])
+    return limit(reader, config.train.test_limit or None)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def table(scores: list[Score]) -> str:
+    """Aligned columns: a row per checkpoint and test set, a column per metric."""
+    metrics = list(dict.fromkeys(name for score in scores for name in score.values))
+    rows = [["checkpoint", "test set", "samples", *metrics]]
+    for score in scores:
+        values = [f"{score.values[name]:.4f}" if name in score.values else "-" for name in metrics]
+        rows.append([score.checkpoint, score.test_set, str(score.samples), *values])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [[cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+               for row in rows]  # fmt: skip
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def command() -> None:
-    """One line per checkpoint and test set."""
-    paths, flags = take_values(sys.argv[1:], "checkpoint")
+    """Score every checkpoint and print one table."""
+    paths, flags = take_values([word for word in sys.argv[1:] if word != "--debug"], "checkpoint")
     if not paths:
         raise UserError("name at least one checkpoint: --checkpoint runs/my_run")
-    world = join_world(apply_flags(Config(), flags).device)
-    for path in paths:
-        for name, scores in score_checkpoint(Path(path), flags, world).items():
-            if world.is_main_process:
-                values = "  ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
-                print(f"{path}  {name}  {values}")
-    leave_world()
+    _, settings = take_values(flags, "config")
+    world = join_world(apply_flags(Config(), settings).device)
+    faults: FaultsOf = {}
+    try:
+        scores = [score for path in paths for score in score_checkpoint(Path(path), flags, world, faults)]
+        if world.is_main_process:
+            print(table(scores))
+    finally:
+        leave_world()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,11 @@ def build_optimizer(
     if name == "adam":
         return torch.optim.Adam(groups, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+        if momentum:  # torch would take uninitialised memory for the buffer if the very first step were skipped
+            for parameter in [p for group in sgd.param_groups for p in group["params"]]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     import timm.optim
 
     timm_name = {"ranger": "lookahead_radam"}.get(name, name)

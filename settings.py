@@ -13,7 +13,8 @@ from typing import Any, Literal
 def setting(default: Any, doc: str, **limits: Any) -> Any:
     """A documented field.
 
-    `limits`: min, max, pattern, path ("file" or "spec"), secret, volatile (may change when a run resumes).
+    `limits`: min, max, pattern, path ("file", "file?" where it may be a word, or "spec"), secret, volatile (may change
+    when a run resumes), verbatim (a list of words as the shell gave them: commas and stars belong to them).
     """
     metadata = {"doc": doc, **limits}
     if isinstance(default, (list, dict)):
@@ -239,7 +240,9 @@ class Config:
 
     experiment_name: str = setting("", "name of the run and its folder; empty: family_dataset_time", volatile=True)
     output_dir: str = setting("runs", "folder of all runs", path="file", volatile=True)
-    resume: str = setting("", "true: continue the run; auto: only if there is one; or a checkpoint", volatile=True)
+    resume: str = setting(
+        "", "true: continue the run; auto: only if there is one; or a checkpoint", path="file?", volatile=True
+    )
     overwrite: bool = setting(False, "replace an existing run of this name", volatile=True)
     task: Literal["binary"] = setting("binary", "what is segmented")
     seed: int = setting(7, "seed of everything random", min=0)
@@ -260,3 +263,26 @@ class Config:
     def is_demo(self) -> bool:
         """Whether the run draws its own data: any data path turns that off."""
         return not (self.data.root or self.data.train or self.data.val or self.data.test)
+
+
+# ---------------------------------------------------------------- the options of inference.py
+
+
+@dataclass
+class InferenceSettings:
+    """What inference.py is asked to do. Every field is a flag."""
+
+    checkpoint: str = setting("", "run folder, checkpoint, or official weights file")
+    input: list[str] = setting([], "images, folders with all below them, and quoted patterns", verbatim=True)
+    output: str = setting("", "folder for masks/<name>.png (8-bit alpha) and overlays/<name>.jpg")
+    size: list[int] = setting(
+        [], "model input: width height, or one number; empty: the checkpoint's, else 1024 1024", min=1
+    )
+    batch_size: int = setting(4, "images per forward pass", min=1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d+)?")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16", "fp8"] = setting(
+        "auto", "forward precision; auto: bf16 where the device supports it, else no"
+    )
+    tta: bool = setting(False, "average over a horizontal flip")
+    overlay: bool = setting(True, "write overlays beside the masks; --no-overlay: masks alone")
+    num_workers: int = setting(-1, "loading processes; -1: cores, at most 8", min=-1)

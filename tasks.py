@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+from torch import Tensor
 
-from dataset import BinaryFolders, Reader, Sample, binary_target, collate_binary
+from dataset import BinaryFolders, Reader, Sample, Size, binary_target, collate_binary
 from demo import write_demo
 from errors import UserError, nearest
+from loss import resize
 from metrics import BinaryMetric
 from transforms import OFFICIAL_BINARY
 
@@ -28,6 +31,7 @@ class Task:
     augment: list[dict[str, Any]]  # the official recipe
     console: list[tuple[str, str]]  # (short name in the console line, metric)
     color: Callable[[dict[str, float], Any], str]  # (batch scores, logging settings) -> colour of the line
+    masks: Callable[[dict[str, Tensor], list[Size]], Iterator[np.ndarray]]  # (predictions, original sizes) -> to save
     draw: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, mask) -> picture
     write_demo: Callable[[Path], Path]  # draws the demo data into a folder with train/ and val/
 
@@ -41,12 +45,21 @@ def binary_color(scores: dict[str, float], limits: Any) -> str:
     return "blue"
 
 
+def binary_masks(predictions: dict[str, Tensor], sizes: list[Size]) -> Iterator[np.ndarray]:
+    """(H, W) uint8 alpha of each sample at its original size, from logits (B, 1, h, w).
+
+    The official arithmetic: probabilities, not logits, are resized, and v · 255 is cut off rather than rounded.
+    """
+    for probabilities, size in zip(predictions["logits"].float().sigmoid().split(1), sizes, strict=True):
+        yield resize(probabilities, size)[0, 0].mul(255).byte().cpu().numpy()
+
+
 def draw_binary(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """The object as it is on a darkened, desaturated ground: (H, W, 3) and (H, W) uint8 -> (H, W, 3) uint8."""
-    weight = alpha[..., None].astype(np.float32) / 255
-    grey = image.mean(axis=-1, keepdims=True) * 0.35
-    ground = grey + np.array([12.0, 20.0, 60.0])
-    return (image * weight + ground * (1 - weight)).clip(0, 255).astype(np.uint8)
+    weight = alpha.astype(np.float32) / 255
+    tints = np.arange(256)[:, None] * 0.35 + np.array([12.0, 20.0, 60.0])  # of a grey level
+    ground = tints.astype(np.uint8)[cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)]
+    return cv2.blendLinear(image, ground, weight, 1 - weight)
 
 
 TASKS = {
@@ -59,6 +72,7 @@ TASKS = {
         augment=OFFICIAL_BINARY,
         console=[("BC", "bce_accuracy"), ("DI", "dice"), ("JI", "jaccard"), ("SI", "ssim")],
         color=binary_color,
+        masks=binary_masks,
         draw=draw_binary,
         write_demo=write_demo,
     ),

@@ -37,6 +37,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ from utils import (
     StopSignal,
     World,
     choose_precision,
+    drop_path_rate,
     gradient_norm,
     join_world,
     leave_world,
@@ -110,6 +112,7 @@ class Run:
     stop: StopSignal
     total_steps: int
     best_metric: str
+    drop_path: float  # of the deepest block
     stopping: bool = False
     last_save: float = field(default_factory=time.monotonic)
     last_line: tuple[float, int] = (0.0, 0)
@@ -128,10 +131,17 @@ def main(config: Config, callbacks: list[Callback] | None = None) -> dict[str, f
     task = get_task(config.task)
     name_the_run(config, world)
     folder = RunFolder(Path(config.output_dir) / config.experiment_name)
-    lock, resumed = open_run_folder(config, folder, world)
+    lock = RunLock(folder.path) if world.is_main_process else None
+    try:
+        resumed = open_run_folder(config, folder, world)
+    except BaseException:
+        if lock:
+            lock.release()
+        leave_world()
+        raise
     log = Log(folder.path / "train.log" if world.is_main_process else None, secret_values(config),
               config.logging.color, quiet=not world.is_main_process)  # fmt: skip
-    status = "failed"
+    status, run = "failed", None
     try:
         run = build_run(config, world, task, folder, log, resumed, callbacks or [])
         status, metrics = train(run)
@@ -146,6 +156,8 @@ def main(config: Config, callbacks: list[Callback] | None = None) -> dict[str, f
         if lock:
             lock.release()
         leave_world()
+        if run:
+            run.stop.restore()
 
 
 def train(run: Run) -> tuple[str, dict[str, float]]:
@@ -154,11 +166,14 @@ def train(run: Run) -> tuple[str, dict[str, float]]:
     metrics: dict[str, float] = {}
     if config.train.resume_start_with_eval and (state.step or config.resume or config.model.pretrained != "none"):
         metrics = validate(run, record=False)
-    status = "finished"
+    if state.step and not is_epoch_over(run) and is_validation_due(run):  # a signal came between step and validation
+        metrics = validate(run)
+        save(run)
+    status = "stopped early" if is_out_of_patience(run) else "finished"
     run.last_line = (time.monotonic(), state.step)
     epochs = math.ceil(run.total_steps / run.steps_per_epoch)
     bar = tqdm(total=epochs, initial=state.epoch, desc="epochs", disable=not show_progress(run))
-    while state.step < run.total_steps and status == "finished":
+    while (state.step < run.total_steps or is_epoch_over(run)) and status == "finished":
         begin_epoch(run)
         for micro_batches in epoch_steps(run):
             train_step(run, micro_batches)
@@ -205,9 +220,8 @@ def name_the_run(config: Config, world: World) -> None:
         config.experiment_name = str(world.agree(name))
 
 
-def open_run_folder(config: Config, folder: RunFolder, world: World) -> tuple[RunLock | None, bool]:
-    """(the lock on rank 0, whether the run is resumed); raises `UserError` where a run of this name is in the way."""
-    lock = RunLock(folder.path) if world.is_main_process else None
+def open_run_folder(config: Config, folder: RunFolder, world: World) -> bool:
+    """Whether the run is resumed; raises `UserError` where a run of this name is in the way."""
     there = bool(world.agree(folder.exists()))
     if there and not (config.resume or config.overwrite):
         raise UserError(
@@ -224,7 +238,7 @@ def open_run_folder(config: Config, folder: RunFolder, world: World) -> tuple[Ru
         if resumed:
             check_same_settings(config, folder.path / "config.yml")
     world.barrier()
-    return lock, resumed
+    return resumed
 
 
 def clear_run(path: Path) -> None:
@@ -295,6 +309,7 @@ def build_run(
         stop=StopSignal(),
         total_steps=total_steps,
         best_metric=best_metric(config, task),
+        drop_path=drop_path_rate(raw_model),
     )
     restore(run, resumed)
     run.model = wrap_model(run)
@@ -333,8 +348,10 @@ def wrap_model(run: Run) -> nn.Module:
     # order of summation: only without the rebuilding does a resumed run sum as the unbroken one did.
     exact = run.config.distributed.exact_resume and run.world.size > 2
     devices = [run.world.device.index] if run.world.device.type == "cuda" else None
+    known = signature(DistributedDataParallel).parameters  # newer versions of torch renamed the switch
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
-        run.raw_model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=exact
+        run.raw_model, device_ids=devices, find_unused_parameters=exact, **{sync: False}
     )
 
 
@@ -358,7 +375,7 @@ def begin_epoch(run: Run) -> None:
     in_last = bool(config.loss.last_epochs) and epoch >= config.train.epochs - config.loss.last_epochs
     run.criterion.set_phase(config.loss.last_epochs_factors if in_last else {})
     if config.train.drop_path_schedule == "linear":
-        run.raw_model.set_drop_path(run.raw_model.drop_path * min(1.0, epoch / max(1, config.train.epochs - 1)))
+        run.raw_model.set_drop_path(run.drop_path * min(1.0, epoch / max(1, config.train.epochs - 1)))
     run.train_loader.batch_sampler.set_epoch(epoch)
     run.train_loader.batch_sampler.set_start(run.state.micro_step)
 
@@ -489,13 +506,13 @@ def report_step(run: Run) -> None:
     if not run.callbacks:
         return
     state = run.state
-    means, last = run.meter.read()
+    means, last, sums = run.meter.read()
     now, (then, step_then) = time.monotonic(), run.last_line
     speed = (state.step - step_then) / max(now - then, 1e-9)
     run.last_line = (now, state.step)
     group = run.optimizer.param_groups[0]
     counted = {name: round(last.pop(f"samples/{name}")) for name in run.dataset_names}
-    total = {name: state.composition.get(name, 0) + round(means[f"samples/{name}"] * run.meter.count)
+    total = {name: state.composition.get(name, 0) + round(sums[f"samples/{name}"])
              for name in run.dataset_names}  # fmt: skip
     last.pop("stop")
     record = StepRecord(
@@ -592,10 +609,9 @@ def is_time_to_save(run: Run) -> bool:
 def end_epoch(run: Run) -> None:
     """Turn the page, save, and keep the epoch's own file."""
     state = run.state
-    means, _ = run.meter.read()
+    sums = run.meter.read()[2]
     for name in run.dataset_names:
-        seen = round(means.get(f"samples/{name}", 0) * run.meter.count)
-        state.composition[name] = state.composition.get(name, 0) + seen
+        state.composition[name] = state.composition.get(name, 0) + round(sums.get(f"samples/{name}", 0))
     run.meter = Meter()
     state.epoch, state.micro_step = state.epoch + 1, 0
     save(run)
@@ -672,7 +688,9 @@ def restore(run: Run, resumed: bool) -> None:
     else:
         return
     load_state(run, content, file)
-    if resumed and run.world.is_main_process:
+    if not resumed:
+        run.state.records = 0  # those of the other run stay there
+    elif run.world.is_main_process:
         run.folder.adopt(file)
         publish(run)
 
@@ -714,11 +732,11 @@ def launch(devices: int) -> None:
 
 def command() -> None:
     """Read the command line and do what it says."""
-    flags = sys.argv[1:]
-    named = {word for word in ("print_config", "check_data", "preview", "dry_run", "version", "debug")
-             if f"--{word}" in flags}  # fmt: skip
-    flags = [flag for flag in flags if flag.removeprefix("--") not in named or not flag.startswith("--")]
-    creates = "--create_config" in [flag.partition("=")[0] for flag in flags]
+    actions = ("print_config", "check_data", "preview", "dry_run", "version", "debug")
+    names = {flag: flag[2:].replace("-", "_") for flag in sys.argv[1:] if flag.startswith("--")}
+    named = set(names.values()) & set(actions)
+    flags = [flag for flag in sys.argv[1:] if names.get(flag) not in actions]
+    creates = any(name.partition("=")[0] == "create_config" for name in names.values())
     targets, flags = take_values(flags, "create_config")
     if "version" in named:
         return version()

@@ -13,6 +13,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from errors import UserError
@@ -112,6 +113,11 @@ def norm_statistics(model: nn.Module) -> list[Tensor]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
         for buffer in module.buffers(recurse=False)
     ]
+
+
+def drop_path_rate(model: nn.Module) -> float:
+    """The rate of stochastic depth that a model stands at: that of its deepest block."""
+    return max((module.drop_prob for module in model.modules() if isinstance(module, DropPath)), default=0.0)
 
 
 # ---------------------------------------------------------------- precision and seeds
@@ -229,34 +235,34 @@ class Meter:
     """Running means of named scalars. Values stay on the device until `means` is asked for."""
 
     names: list[str] = field(default_factory=list)
-    sums: Tensor | None = None
-    last: Tensor | None = None
-    count: int = 0
+    table: Tensor | None = None  # (3, K): sums, how many values they are of, last values
 
     def add(self, names: Sequence[str], values: Tensor) -> None:
         """Add one step's values, a (K,) tensor. Non-finite ones do not count, so one bad step spoils no mean."""
         self.names = list(names)
-        clean = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-        self.sums = clean.clone() if self.sums is None else self.sums.to(clean.device) + clean
-        self.last = values
-        self.count += 1
+        counts = torch.isfinite(values).to(values)
+        new = torch.stack([torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0), counts])
+        before = torch.zeros_like(new) if self.table is None else self.table[:2].to(new.device)
+        self.table = torch.cat([before + new, values[None]])
 
-    def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(epoch means, last values): the one transfer to the host."""
-        if self.sums is None or self.last is None:
-            return {}, {}
-        both = torch.stack([self.sums / self.count, self.last.to(self.sums.device)]).tolist()
-        return dict(zip(self.names, both[0], strict=True)), dict(zip(self.names, both[1], strict=True))
+    def read(self) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """(epoch means, last values, epoch sums): the one transfer to the host."""
+        if self.table is None:
+            return {}, {}, {}
+        sums, counts, last = self.table
+        rows = torch.stack([sums / counts.clamp(min=1), last, sums]).tolist()
+        means, latest, totals = (dict(zip(self.names, row, strict=True)) for row in rows)
+        return means, latest, totals
 
     def state(self) -> dict:
         """Plain values for a checkpoint."""
-        return {"names": self.names, "sums": None if self.sums is None else self.sums.tolist(), "count": self.count}
+        return {"names": self.names, "table": None if self.table is None else self.table.tolist()}
 
     @classmethod
     def restore(cls, state: dict) -> Meter:
-        """The meter that `state` was taken from; the last values come with the next step."""
-        sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=torch.float32)
-        return cls(names=list(state["names"]), sums=sums, count=int(state["count"]))
+        """The meter that `state` was taken from."""
+        table = None if state["table"] is None else torch.tensor(state["table"], dtype=torch.float32)
+        return cls(names=list(state["names"]), table=table)
 
 
 # ---------------------------------------------------------------- signals
@@ -267,8 +273,12 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name = ""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def restore(self) -> None:
+        """Give the signals back to whom they belonged, when a run ends inside a longer program."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
         self.name = signal.Signals(number).name

@@ -37,7 +37,7 @@ def main() -> None:
         for part in model.compile_parts().values():
             part.compile()
     criterion = BinaryCriterion({"bce": 30.0, "iou": 0.5, "ssim": 10.0, "gradient": 1.0})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-2, fused=True)
     batch = random_batch(options.batch_size, options.size, device)
     start_memory = peak_memory(device)
 

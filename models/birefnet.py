@@ -401,8 +401,8 @@ class ImageView(nn.Module):
 class Head(nn.Module):
     """The last map and the image, at full resolution, to logits.
 
-    Nothing between these layers is non-linear, so the work is done on few channels: the 1×1 convolution comes before
-    the upsampling, and it is folded into the image's last convolution.
+    Nothing between these layers is non-linear, so their weights are multiplied first and no wide map is ever made at
+    full resolution: the 1×1 convolution `out` comes before the upsampling, and joins the image's two convolutions.
     """
 
     def __init__(self, in_channels: int, view: ImageView | None) -> None:
@@ -414,10 +414,18 @@ class Head(nn.Module):
         if self.view is None:
             return resize(self.out(x), images)
         from_map, from_view = self.out.weight.split([x.shape[1], self.view.out_channels], 1)
-        last = self.view.conv_out
-        weight = (from_view.flatten(1) @ last.weight.flatten(1)).view(1, *last.weight.shape[1:])
-        bias = self.out.bias + from_view.flatten(1) @ last.bias
-        return resize(F.conv2d(x, from_map), images) + F.conv2d(self.view.conv1(images), weight, bias, padding=1)
+        return resize(F.conv2d(x, from_map, self.out.bias), images) + self.see(images, from_view.flatten(1))
+
+    def see(self, images: Tensor, mix: Tensor) -> Tensor:
+        """`mix` (1, C) times the view's C channels. Each of the nine taps of its last convolution becomes a channel of
+        the first, and they are added up where they belong; zeros beyond the border are those of the hidden map."""
+        first, last = self.view.conv1, self.view.conv_out
+        taps = (mix @ last.weight.flatten(1)).view(-1, 9).T  # 9, hidden
+        weight = (taps @ first.weight.flatten(1)).view(9, *first.weight.shape[1:])
+        maps = F.pad(F.conv2d(images, weight, taps @ first.bias, padding=1), (1, 1, 1, 1))
+        height, width = images.shape[-2:]
+        shifted = [m[:, t // 3 : t // 3 + height, t % 3 : t % 3 + width] for t, m in enumerate(maps.unbind(1))]
+        return (torch.stack(shifted, 1).sum(1, keepdim=True)) + mix @ last.bias
 
 
 class Block(nn.Module):

@@ -1,0 +1,376 @@
+"""inference.py from the command line to the files, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import inference
+from checkpoint import load_model
+from dataset import Fault, ImageList, SampleInfo
+from errors import UserError, run_command
+from loss import resize
+from tasks import get_task
+from tests.conftest import ROOT, SHARED, needs_shared
+from tests.test_golden_birefnet import golden
+from tests.tiny import expected_probabilities, photo, save, tiny_model, write_run
+
+Command = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def run(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny", model)
+
+
+@pytest.fixture
+def infer(monkeypatch: pytest.MonkeyPatch, run: Path, tmp_path: Path) -> Command:
+    """The command in this process, on the CPU without workers unless told otherwise; returns its exit code."""
+    monkeypatch.setenv("MASKWRIGHT_CONFIG_VARS", str(tmp_path / "absent.yml"))
+
+    def call(*arguments: object, checkpoint: Path = run, output: str = "out") -> int:
+        words = [str(word) for word in arguments]
+        always = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / output), "--device", "cpu"]
+        workers = [] if "--num_workers" in words else ["--num_workers", "0"]
+        monkeypatch.setattr(sys, "argv", ["inference.py", *always, *workers, *words])
+        try:
+            run_command(inference.command)
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return call
+
+
+def read(path: Path) -> np.ndarray:
+    return np.array(Image.open(path))
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_bytes(probabilities: np.ndarray) -> np.ndarray:
+    return (probabilities * 255).astype(np.uint8)
+
+
+def off_by(mask: np.ndarray, expected: np.ndarray) -> int:
+    return int(np.abs(mask.astype(int) - expected).max())
+
+
+# ---------------------------------------------------------------- images in, files out
+
+
+def test_masks_and_overlays_keep_names_folders_and_sizes(infer: Command, model: Any, tmp_path: Path) -> None:
+    images = {"a": photo(0, 50, 70), "sub/b.c": photo(1, 33, 90), "sub/deep/d": photo(2, 80, 40)}
+    photos = tmp_path / "photos"
+    save(photos / "a.png", images["a"])
+    save(photos / "sub/b.c.bmp", images["sub/b.c"])
+    with_alpha = np.dstack([images["sub/deep/d"], np.full((80, 40), 128, np.uint8)])
+    save(photos / "sub/deep/d.png", with_alpha)
+    grey = np.arange(60 * 41, dtype=np.uint16).reshape(60, 41) * 26
+    save(photos / "grey.png", grey)
+    images["grey"] = np.repeat(np.rint(grey / 257).astype(np.uint8)[..., None], 3, axis=2)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # shown turned a quarter clockwise
+    save(photos / "turned.jpg", photo(3, 48, 64), exif=rotated, quality=95)
+    images["turned"] = np.rot90(read(photos / "turned.jpg"), -1).copy()
+    (photos / "notes.txt").write_text("no image")
+    before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
+
+    assert infer("--input", photos) == 0
+    assert files_below(tmp_path / "out") == {
+        *(f"masks/{name}.png" for name in images),
+        *(f"overlays/{name}.jpg" for name in images),
+    }
+    for name, image in images.items():
+        mask, overlay = (read(tmp_path / "out" / part) for part in (f"masks/{name}.png", f"overlays/{name}.jpg"))
+        assert mask.dtype == np.uint8
+        assert mask.shape == image.shape[:2] == overlay.shape[:2], name
+        assert off_by(mask, in_bytes(expected_probabilities(model, image))) <= 1, name
+        assert mask.max() - mask.min() > 100, name  # else all of this would say little
+    assert {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()} == before
+
+
+def test_overlay_shows_the_object_and_darkens_the_ground() -> None:
+    image, alpha = np.full((6, 8, 3), 200, np.uint8), np.zeros((6, 8), np.uint8)
+    alpha[:, 4:], alpha[:, 3] = 255, 128
+    drawn = get_task("binary").draw(image, alpha).astype(int)
+    assert (drawn[:, 4:] == 200).all()
+    assert drawn[:, :3].max() < 140
+    assert np.abs(drawn[:, 3] - (drawn[:, 0] + 200) / 2).max() <= 1
+
+
+def test_batch_size_and_workers_change_nothing(infer: Command, tmp_path: Path) -> None:
+    for number in range(5):
+        save(tmp_path / f"photos/{number}.png", photo(number, 40 + 9 * number, 75))
+    assert infer("--input", tmp_path / "photos", "--batch_size", 1, "--no-overlay", output="one") == 0
+    assert infer("--input", tmp_path / "photos", "--batch_size", 3, "--num_workers", 2, output="three") == 0
+    assert infer("--input", tmp_path / "photos", "--batch_size", 3, output="again") == 0
+    assert not (tmp_path / "one/overlays").exists()
+    assert len(files_below(tmp_path / "three")) == 10
+    for name in files_below(tmp_path / "three"):
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    for name in files_below(tmp_path / "one"):
+        assert off_by(read(tmp_path / "one" / name), read(tmp_path / "three" / name)) <= 1
+
+
+def test_running_twice_leaves_the_same_bytes_and_no_temporaries(infer: Command, tmp_path: Path) -> None:
+    save(tmp_path / "photos/a.png", photo(0, 50, 70))
+    assert infer("--input", tmp_path / "photos") == 0
+    first = {name: (tmp_path / "out" / name).read_bytes() for name in files_below(tmp_path / "out")}
+    assert infer("--input", tmp_path / "photos") == 0
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files_below(tmp_path / "out")} == first
+    assert set(first) == {"masks/a.png", "overlays/a.jpg"}
+
+
+def test_tta_is_the_mean_over_the_image_and_its_mirror(infer: Command, model: Any, tmp_path: Path) -> None:
+    image = photo(4, 64, 64)  # the model's own size: mirroring and resizing commute
+    save(tmp_path / "a.png", image)
+    assert infer("--input", tmp_path / "a.png", "--tta") == 0
+    plain = expected_probabilities(model, image)
+    mirrored = expected_probabilities(model, image[:, ::-1].copy())[:, ::-1]
+    assert np.abs(plain - mirrored).max() > 0.02
+    assert off_by(read(tmp_path / "out/masks/a.png"), in_bytes((plain + mirrored) / 2)) <= 1
+
+
+def test_size_is_the_models_input_and_averaged_weights_are_used(infer: Command, tmp_path: Path) -> None:
+    weights, average = tiny_model(1), tiny_model(2)
+    run = write_run(tmp_path / "runs/averaged", weights, ema=average)
+    image = photo(5, 60, 90)
+    save(tmp_path / "a.png", image)
+    assert infer("--input", tmp_path / "a.png", "--size", 96, 64, checkpoint=run / "best.pth") == 0
+    mask = read(tmp_path / "out/masks/a.png")
+    assert off_by(mask, in_bytes(expected_probabilities(average, image, (96, 64)))) <= 1
+    assert off_by(mask, in_bytes(expected_probabilities(weights, image, (96, 64)))) > 20
+    assert off_by(mask, in_bytes(expected_probabilities(average, image, (64, 64)))) > 1
+
+
+def test_several_inputs_patterns_and_odd_names(infer: Command, tmp_path: Path) -> None:
+    for name in ("in/a.png", "in/b.jpg", "in/deep/c.png", "x, y [1].png"):
+        save(tmp_path / name, photo(0, 40, 40))
+    assert infer("--input", tmp_path / "in/**/*.png", tmp_path / "x, y [1].png") == 0
+    assert files_below(tmp_path / "out/masks") == {"a.png", "deep/c.png", "x, y [1].png"}
+    assert infer("--input", tmp_path / "x, y [1].png", output="single") == 0
+    assert files_below(tmp_path / "single/masks") == {"x, y [1].png"}
+
+
+def test_from_python(run: Path, tmp_path: Path) -> None:
+    save(tmp_path / "a.png", photo(0, 50, 70))
+    model, meta = load_model(run)
+    ((info, mask),) = inference.predict_images(model, meta, ImageList([tmp_path / "a.png"]))
+    assert (info.sample_id, info.size) == ("a", (50, 70))
+    assert isinstance(mask, np.ndarray)
+    assert mask.shape == (50, 70)
+
+
+# ---------------------------------------------------------------- official weights
+
+
+@needs_shared
+def test_official_weights_file_to_mask_as_the_official_code(infer: Command, tmp_path: Path) -> None:
+    folder = SHARED / "golden" / "birefnet"
+    case, expected = json.loads((folder / "pipeline.json").read_text()), np.load(folder / "pipeline.npz")
+    weights = golden().make_state_dict(json.loads((folder / case["keys"]).read_text()))
+    torch.save({"module." + key: value for key, value in weights.items()}, tmp_path / "official.pth")
+    for sample in case["samples"]:
+        shape = (1, 3, sample["height"], sample["width"])
+        noise = golden().make_image(f"birefnet/visible/pipeline/{sample['name']}", shape) * 56 + 120
+        save(tmp_path / f"photos/{sample['name']}.png", noise.clamp(0, 255).byte()[0].permute(1, 2, 0).numpy())
+    official = tmp_path / "official.pth"
+    assert infer("--input", tmp_path / "photos", "--size", 128, 96, checkpoint=official) == 0
+
+    model, _ = load_model(official)
+    pictures = inference.Pictures(ImageList([tmp_path / "photos"]), make_target=lambda sample, original: None)
+    sampler = inference.EvalSampler(2, batch_size=1, size=(96, 128))
+    for batch in inference.build_loader(pictures, sampler, collate_targets=inference.Problems):
+        name, size = batch.samples[0].sample_id, batch.samples[0].size
+        mask = read(tmp_path / f"out/masks/{name}.png")
+        wanted = expected[f"{name}_png"]
+        assert mask.shape == wanted.shape == size
+        assert off_by(mask, wanted) <= 1
+        assert (mask != wanted).mean() < 0.002
+        probabilities = model.predict(batch)["logits"].sigmoid()
+        for key, values in (
+            ("input", batch.images[0]),
+            ("prob", probabilities),
+            ("resized", resize(probabilities, size)),
+        ):
+            sampled = golden().sample(values)
+            assert np.abs(sampled - expected[f"{name}_{key}"]).max() <= (1e-6 if key == "input" else 1e-5), key
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_a_broken_file_is_reported_and_the_others_go_on(
+    infer: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c"):
+        save(tmp_path / f"photos/{name}.jpg", photo(0, 60, 60))
+    whole = (tmp_path / "photos/b.jpg").read_bytes()
+    (tmp_path / "photos/b.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "photos/e.png").write_bytes(b"")
+    assert infer("--input", tmp_path / "photos", "--batch_size", 2) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "photos/b.jpg") in said
+    assert str(tmp_path / "photos/e.png") in said
+    assert "2 of" in said
+    assert "Traceback" not in said
+    assert files_below(tmp_path / "out") == {"masks/a.png", "masks/c.png", "overlays/a.jpg", "overlays/c.jpg"}
+
+
+def test_two_inputs_for_one_output_are_an_error_before_work_begins(
+    infer: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one/a.png", "two/a.jpg"):
+        save(tmp_path / name, photo(0, 40, 40))
+    assert infer("--input", tmp_path / "one", tmp_path / "two") == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "one/a.png") in said
+    assert str(tmp_path / "two/a.jpg") in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--input", "missing/*.png"], ["missing/*.png", "no pattern"]),
+        (["--inptu", "photos"], ["unknown key inptu", "did you mean input"]),
+        (["--input", "photos", "--batch_size", "0"], ["batch_size", "at least 1"]),
+        (["--input", "photos", "--batch_size", "many"], ["batch_size", "whole number"]),
+        (["--input", "photos", "--size", "100"], ["--size is 100", "multiple of 32"]),
+        (["--input", "photos", "--device", "cuda:99"], ["cuda:99", "--device cpu"]),
+        (["--input", "photos", "--device", "toaster"], ["device", "toaster"]),
+        (["--input", "photos", "--mixed_precision", "fp8"], ["fp8", "bf16"]),
+        (["--input", "photos", "--checkpoint", "nothing"], ["no checkpoint nothing"]),
+        (["--input", "photos", "--checkpoint", "photos/a.png"], ["photos/a.png"]),
+        ([], ["--input is missing"]),
+        (["--input", "photos", "--output", "photos/results"], ["would write into the input"]),
+        (["--input", "photos/a.png", "--output", "photos/a.png"], ["cannot write", "photos/a.png"]),
+        (["--input", "done/masks/a.png", "--output", "done"], ["would write into the input"]),
+    ],
+)
+def test_mistakes_end_in_a_sentence(
+    infer: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "photos/a.png", photo(0, 40, 40))
+    save(tmp_path / "done/masks/a.png", photo(0, 40, 40))
+    before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
+    assert infer(*arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said
+    assert {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)} == before
+
+
+def info_of(name: str) -> SampleInfo:
+    return SampleInfo(name, f"{name}.png", "", (4, 4))
+
+
+def test_a_full_disk_ends_in_a_sentence_and_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Any, target: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "masks").mkdir()
+    monkeypatch.setattr(inference.os, "replace", refuse)
+    with pytest.raises(UserError, match=r"a\.png: No space left"):
+        inference.write_all([(info_of("a"), np.zeros((4, 4), np.uint8))], tmp_path, get_task("binary"), overlay=False)
+    assert files_below(tmp_path) == set()
+
+
+def test_what_a_format_cannot_hold_is_a_fault(tmp_path: Path) -> None:
+    save(tmp_path / "wide.png", np.zeros((1, 66_000, 3), np.uint8))
+    info = SampleInfo("wide", str(tmp_path / "wide.png"), "", (1, 66_000))
+    faults = inference.write_all([(info, np.zeros((1, 66_000), np.uint8))], tmp_path / "out", get_task("binary"))
+    assert [fault.path for fault in faults] == [info.path]
+    assert "too large for a .jpg" in faults[0].problem
+
+
+def test_a_model_that_fails_is_a_fault_and_no_black_mask(run: Path, tmp_path: Path) -> None:
+    save(tmp_path / "a.png", photo(0, 40, 40))
+    model, meta = load_model(run)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    ((_, result),) = inference.predict_images(model, meta, ImageList([tmp_path / "a.png"]))
+    assert isinstance(result, Fault)
+    assert "not a number" in result.problem
+
+
+def test_few_results_wait_however_slow_the_disk_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, written, most = 0, 0, 0
+    lock = threading.Lock()
+
+    def write(*arguments: Any) -> None:
+        nonlocal written
+        time.sleep(0.005)
+        with lock:
+            written += 1
+
+    def predictions() -> Iterator[tuple[SampleInfo, np.ndarray]]:
+        nonlocal made, most
+        for number in range(60):
+            made += 1
+            most = max(most, made - written)
+            yield info_of(str(number)), np.zeros((4, 4), np.uint8)
+
+    monkeypatch.setattr(inference, "write_outputs", write)
+    assert inference.write_all(predictions(), tmp_path, get_task("binary")) == []
+    assert made == written == 60
+    assert most <= 3 * inference.WRITERS + 2
+
+
+# ---------------------------------------------------------------- the command itself
+
+
+@pytest.mark.parametrize("script", ["inference.py", "evaluate.py", "train.py"])
+def test_help_comes_before_anything_heavy(script: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'numpy', 'cv2'} & set(sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert "--mixed_precision" in shown.stdout or "--train.mixed_precision" in shown.stdout
+
+
+def test_the_command_as_a_program(run: Path, tmp_path: Path) -> None:
+    save(tmp_path / "photos/a.png", photo(0, 40, 40))
+    (tmp_path / "photos/b.png").write_bytes(b"broken")
+    arguments = ["--checkpoint", run, "--input", "photos", "--output", "out", "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "inference.py"), *map(str, arguments)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: 1 of")
+    assert "photos/b.png" in ended.stderr
+    assert files_below(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg"}

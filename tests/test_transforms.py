@@ -1,0 +1,203 @@
+"""Augmentation keeps image and mask together, is a pure function of its seed, and says what it does not know."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+import transforms
+from dataset import Sample
+from errors import UserError
+from transforms import OFFICIAL_BINARY, STRONG_BINARY, Augment, preview_sheet, resize
+
+SIZE = (72, 96)
+BACKGROUND = {"name": "BackgroundSynthesis", "p": 1.0}
+
+
+def picture(seed: int = 0, size: tuple[int, int] = SIZE) -> Sample:
+    """A smooth random image whose red channel is also its alpha."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(0, 255, (6, 8, 3)).astype(np.float32)
+    image = np.clip(cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
+    return Sample([image], image[:, :, 0].copy(), [3], f"picture/{seed}", "x.png", "a")
+
+
+def seeds(*key: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence([7, *key])
+
+
+@pytest.mark.parametrize(
+    "recipe", [OFFICIAL_BINARY, STRONG_BINARY, [BACKGROUND]], ids=["official", "strong", "background"]
+)
+def test_recipes_are_pure_functions_of_the_seed(recipe: list[dict]) -> None:
+    augment, sample = Augment(recipe), picture()
+    kept = copy.deepcopy(sample)
+    results = [augment(sample, SIZE, seeds(i)) for i in range(12)]
+    for i in (11, 3, 7):  # in another order, by another object
+        again = Augment(recipe)(sample, SIZE, seeds(i))
+        np.testing.assert_array_equal(again.frames[0], results[i].frames[0])
+        np.testing.assert_array_equal(again.masks, results[i].masks)
+    assert len({result.frames[0].tobytes() for result in results}) > 6
+    np.testing.assert_array_equal(sample.frames[0], kept.frames[0])
+    np.testing.assert_array_equal(sample.masks, kept.masks)
+    for result in results:
+        assert result.frames[0].shape == (*SIZE, 3)
+        assert result.masks.shape == SIZE
+        assert result.frames[0].dtype == result.masks.dtype == np.uint8
+        assert (result.class_ids, result.sample_id) == ([3], "picture/0")
+
+
+def _digest(seed: int) -> bytes:
+    return Augment(STRONG_BINARY)(picture(), SIZE, seeds(seed)).frames[0].tobytes()
+
+
+def test_another_process_computes_the_same() -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(_digest, range(4)) == [_digest(i) for i in range(4)]
+
+
+def test_transforms_of_a_list_draw_independently() -> None:
+    """With one stream for each transform the two flips would always coincide."""
+    flips = Augment([{"name": "HorizontalFlip"}, {"name": "VerticalFlip"}])
+    alpha = picture().masks
+    expected = {"none": alpha, "h": alpha[:, ::-1], "v": alpha[::-1], "both": alpha[::-1, ::-1]}
+    counts = dict.fromkeys(expected, 0)
+    for i in range(200):
+        result = flips(picture(), SIZE, seeds(i)).masks
+        counts[next(name for name, array in expected.items() if np.array_equal(result, array))] += 1
+    assert min(counts.values()) > 25
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"name": "RotateZoom", "p": 1.0, "limit": 40},
+        {"name": "RotateZoom", "p": 1.0, "limit": 40, "zoom": [0.7, 1.2], "border": "reflect"},
+        {"name": "RandomResizedCrop", "p": 1.0, "scale": [0.5, 1.0]},
+        {"name": "Affine", "p": 1.0, "rotate": [-20, 20], "border_mode": "BORDER_REFLECT_101"},
+        {
+            "name": "OneOf",
+            "p": 1.0,
+            "transforms": [{"name": "HorizontalFlip", "p": 1.0}, {"name": "Transpose", "p": 1.0}],
+        },
+    ],
+    ids=lambda entry: entry["name"],
+)
+def test_geometry_moves_alpha_with_the_image_and_keeps_it_soft(entry: dict) -> None:
+    augment = Augment([entry])
+    for i in range(10):
+        result = augment(picture(i), SIZE, seeds(i))
+        difference = np.abs(result.frames[0][:, :, 0].astype(int) - result.masks)
+        assert difference.max() <= 1  # nearest-neighbour masks would differ by many levels
+        assert len(np.unique(result.masks)) > 60
+
+
+def test_rotate_zoom_leaves_no_border() -> None:
+    white = Sample([np.full((*SIZE, 3), 255, np.uint8)], np.full(SIZE, 255, np.uint8))
+    marked = copy.deepcopy(white)
+    for array in (marked.frames[0], marked.masks):
+        array[[0, -1]] = 0
+        array[:, [0, -1]] = 0
+    crop = Augment([{"name": "RotateZoom", "p": 1.0, "limit": 45, "zoom": [1.0, 1.0]}])
+    black = Augment([{"name": "Rotate", "p": 1.0, "limit": [20, 45], "border_mode": "BORDER_CONSTANT"}])
+    for i in range(20):
+        assert crop(white, SIZE, seeds(i)).masks.min() == 255
+        assert crop(marked, SIZE, seeds(i)).masks.mean() > 250  # at most touches the picture's own edge
+    assert black(white, SIZE, seeds(0)).masks.min() == 0
+
+
+def test_enhancing_agrees_with_pil() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    image[:20] = picture(size=(20, 50)).frames[0]
+    ours = (transforms.scale_brightness, transforms.scale_contrast, transforms.saturate, transforms.sharpen)
+    theirs = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color, ImageEnhance.Sharpness)
+    for enhance, reference in zip(ours, theirs, strict=True):
+        for factor in (0.0, 0.5, 1.0, 1.4, 2.0, 3.0):
+            expected = np.asarray(reference(Image.fromarray(image)).enhance(factor)).astype(int)
+            # PIL rounds the smoothed picture or the luminance first, and multiplies that error by the factor.
+            assert np.abs(enhance(image, factor) - expected).max() <= max(1, np.ceil(factor)), (reference, factor)
+
+
+def test_pepper_noise_is_rare_and_black_or_white() -> None:
+    grey = Sample([np.full((200, 200, 3), 90, np.uint8)], np.zeros((200, 200), np.uint8))
+    noisy = Augment([{"name": "PepperNoise", "p": 1.0, "amount": 0.0015}])(grey, (200, 200), seeds(0))
+    changed = (noisy.frames[0] != 90).any(axis=2)
+    assert 50 <= changed.sum() <= 60
+    assert set(np.unique(noisy.frames[0][changed])) == {0, 255}
+    assert not noisy.masks.any()
+
+
+def test_background_synthesis_composites_with_soft_alpha() -> None:
+    image = np.full((20, 30, 3), (200, 100, 50), np.uint8)
+    image[:, 20:] = (0, 255, 255)
+    alpha = np.zeros((20, 30), np.uint8)
+    alpha[:, :10], alpha[:, 10:20] = 255, 128
+    augment = Augment([BACKGROUND])
+    greys = near = 0
+    for i in range(100):
+        result = augment(Sample([image], alpha), (20, 30), seeds(i)).frames[0].astype(float)
+        background = result[0, 25]
+        assert (result[:, 20:] == background).all()
+        assert (result[:, :10] == (200, 100, 50)).all()
+        share = 128 / 255
+        np.testing.assert_allclose(result[0, 15], share * np.array([200, 100, 50]) + (1 - share) * background, atol=1)
+        is_grey = np.ptp(background) == 0
+        lighter = np.array([200, 100, 50]) + 0.2 * (255 - np.array([200, 100, 50])) + 1
+        darker = 0.8 * np.array([200, 100, 50]) - 1
+        greys += is_grey
+        near += not is_grey and bool(((background >= darker) & (background <= lighter)).all())
+    assert 25 <= greys <= 55  # 40 % one grey
+    assert 25 <= near <= 58  # 40 % the foreground's colour
+
+
+def test_background_synthesis_without_foreground_changes_nothing() -> None:
+    sample = Sample(picture().frames, np.zeros(SIZE, np.uint8))
+    np.testing.assert_array_equal(Augment([BACKGROUND])(sample, SIZE, seeds(0)).frames[0], sample.frames[0])
+
+
+def test_resize_is_opencvs_linear_and_leaves_equal_sizes_alone() -> None:
+    sample = picture()
+    assert resize(sample, SIZE).frames[0] is sample.frames[0]
+    smaller = resize(sample, (30, 50))
+    np.testing.assert_array_equal(smaller.masks, cv2.resize(sample.masks, (50, 30), interpolation=cv2.INTER_LINEAR))
+    assert resize(Sample(sample.frames), (30, 50)).masks is None
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"name": "HorizontalFlop"}], "did you mean HorizontalFlip"),
+        ([{"name": "RotateZoon"}], "did you mean RotateZoom"),
+        ([{"name": "HorizontalFlip", "prob": 0.5}], "no argument 'prob'"),
+        ([{"name": "RotateZoom", "limmit": 3}], "did you mean limit"),
+        ([{"name": "RotateZoom", "border": "black"}], "RotateZoom refuses"),
+        ([{"name": "Rotate", "limit": "much"}], "Rotate refuses"),
+        ([{"name": "HorizontalFlip", "p": 1.5}], "HorizontalFlip refuses"),
+        ([{"p": 0.5}], "must be a mapping with the name"),
+        (["HorizontalFlip"], "must be a mapping with the name"),
+        ([{"name": "os"}], "there is no transform 'os'"),
+        ([{"name": "OneOf", "transforms": [{"name": "Nope"}]}], "there is no transform 'Nope'"),
+    ],
+)
+def test_mistakes_are_named_before_the_first_sample(entries: list, message: str) -> None:
+    with pytest.raises(UserError, match="augmentation") as caught:
+        Augment(entries)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_preview_shows_each_image_beside_its_mask() -> None:
+    samples = [picture(i) for i in range(5)] + [Sample(picture(9).frames, sample_id="größe/9")]
+    sheet = preview_sheet(samples, columns=4, cell=96)
+    height, width = sheet.shape[0] // 2, sheet.shape[1] // 4
+    assert sheet.dtype == np.uint8
+    for i, sample in enumerate(samples[:5]):
+        cell = sheet[i // 4 * height :, i % 4 * width :][4:76, 4:196]
+        np.testing.assert_array_equal(cell[:, :96], sample.frames[0])
+        np.testing.assert_array_equal(cell[:, 96:], np.dstack([sample.masks] * 3))
+    assert preview_sheet(samples[:1]).shape[1] == 2 * 192 + 8
