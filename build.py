@@ -17,13 +17,14 @@ from torch import nn
 from checkpoint import load_weights
 from config import Config
 from dataset import Cached, Dataset, EvalSampler, Reader, TrainSampler, build_loader, check, drop, fail_on, limit, split
+from downloads import fetch
 from errors import UserError
-from models import create_criterion, create_model
+from models import LoadReport, create_criterion, create_model
 from optim import build_optimizer
 from tasks import Task
 from tracking import Log
 from transforms import Augment
-from utils import World
+from utils import World, loading_workers
 
 # ---------------------------------------------------------------- data
 
@@ -33,7 +34,7 @@ def build_readers(config: Config, task: Task, log: Log) -> tuple[Reader, Reader 
     data = config.data
     root, train_spec, val_spec = data.root or None, data.train, data.val
     if config.is_demo:
-        root, train_spec, val_spec = str(task.write_demo(Path("data") / f"demo_{task.name}")), "train", "val"
+        root, train_spec, val_spec = task.demo_root(), "train", "val"
         log.say("training on the demo data that this program draws itself; name your own with --data.train")
     if not train_spec:
         raise UserError("no training data: name it with --data.train path/to/set (a folder with im/ and gt/)")
@@ -76,7 +77,7 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
     """(training loader, validation loader or None)."""
     training, validation = readers
     data, size = config.data, (config.data.size[1], config.data.size[0])
-    workers = data.num_workers if data.num_workers >= 0 else min(8, (os.cpu_count() or 1) // world.size)
+    workers = loading_workers(data.num_workers, world.size)
     if data.load_all:
         path = world.agree(f"{os.environ.get('TMPDIR', '/tmp')}/maskwright-{os.getpid()}")
         training = Cached(training, path=str(path), size=None if data.dynamic_size else size,
@@ -134,19 +135,9 @@ def build_augment(config: Config, task: Task) -> Augment:
 
 def build_model(config: Config, reader: Reader, world: World, log: Log) -> Any:
     """The model on its device, from random, published or given weights."""
-    model = create_model(config.model.family, **model_settings(config))
-    if config.model.pretrained in ("backbone", "official"):
-        model.load_published(config.model.pretrained)
-    elif config.model.pretrained != "none":
-        content = load_weights(Path(config.model.pretrained))
-        report = (
-            model.load_official(content["ema"] or content["model"])
-            if "meta" in content
-            else model.load_official(content)
-        )
-        log.say(f"weights from {config.model.pretrained}: {report.summary()}")
-        if not report.loaded:
-            raise UserError(f"nothing in {config.model.pretrained} fits this model: {report.summary()}")
+    model: Any = create_model(config.model.family, **model_settings(config))
+    if config.model.pretrained != "none":
+        load_pretrained(model, config.model.pretrained, log)
     if config.optimizer.freeze:
         model.freeze(config.optimizer.freeze)
     if config.train.activation_checkpointing:
@@ -155,8 +146,40 @@ def build_model(config: Config, reader: Reader, world: World, log: Log) -> Any:
         if world.device.type != "cuda":
             raise UserError("train.sync_bn needs CUDA devices: torch has no synchronised batch norm for others")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    return model.to(world.device, memory_format=layout)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(world.device)
+
+
+def load_pretrained(model: Any, pretrained: str, log: Log) -> None:
+    """Start from `backbone` or `official` weights, a file, or a repository; says what was loaded and what was not."""
+    address = model.published_weights().get(pretrained, pretrained)
+    if address in ("backbone", "official"):
+        raise UserError(f"no {address} weights are published for these settings: name a file as model.pretrained")
+    is_remote = address.startswith(("hf-hub:", "https://"))
+    content = load_weights(fetch(address) if is_remote else Path(address))
+    report = model.load_encoder(content) if pretrained == "backbone" else load_any(model, content)
+    log.say(f"weights from {address}: {report.summary()}")
+    if not report.loaded:
+        raise UserError(f"nothing in {address} fits this model: {report.summary()}")
+
+
+def load_any(model: Any, content: dict[str, Any]) -> Any:
+    """Weights of a run of this program (its averages, where it kept some) or in the official layout -> report."""
+    if "meta" not in content:
+        return model.load_official(content)
+    report = LoadReport()
+    own, theirs = model.state_dict(), content.get("ema") or content["model"]
+    for name, tensor in theirs.items():
+        if name not in own:
+            report.unexpected.append(name)
+        elif own[name].shape != tensor.shape:
+            report.reshaped[name] = (tuple(tensor.shape), tuple(own[name].shape))
+        else:
+            report.loaded.append(name)
+    report.missing = [name for name in own if name not in theirs]
+    model.load_state_dict({name: theirs[name] for name in report.loaded}, strict=False)
+    return report
 
 
 def model_settings(config: Config) -> dict[str, Any]:

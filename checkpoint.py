@@ -278,7 +278,12 @@ def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
     if "meta" in content and "model" in content:
         meta = content["meta"]
         model = create_model(meta["family"], **meta["settings"])
-        model.load_state_dict(content.get("ema") or content["model"])
+        try:
+            model.load_state_dict(content.get("ema") or content["model"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{file} does not fit its own settings: {' '.join(str(error).split())[:300]}"
+            ) from None
     else:
         family, settings = infer_family(content)
         model = create_model(family, **settings)

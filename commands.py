@@ -12,7 +12,7 @@ import torch
 from build import build_augment, build_criterion, build_loaders, build_model, build_readers, data_table
 from checkpoint import write_text
 from config import Config, secret_values, to_yaml
-from dataset import Dataset
+from dataset import Dataset, SampleKey
 from errors import UserError
 from tasks import get_task
 from tracking import Log
@@ -34,9 +34,12 @@ def preview(config: Config) -> None:
     log, task = Log(None, secret_values(config)), get_task(config.task)
     training, _ = build_readers(config, task, log)
     dataset = Dataset(training, make_target=task.make_target, augment=build_augment(config, task), seed=config.seed)
+    size = (config.data.size[1], config.data.size[0])
+    # Four looks at each of the first samples, as four epochs would see them.
+    keys = [SampleKey(epoch, index, 0, size) for index in range(min(6, len(training))) for epoch in range(4)]
     path = Path(config.output_dir) / f"{config.experiment_name or 'preview'}_preview.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(preview_sheet(dataset, size=(config.data.size[1], config.data.size[0]))).save(path)
+    Image.fromarray(preview_sheet([dataset.prepared(key) for key in keys])).save(path)
     log.say(f"wrote {path}")
 
 

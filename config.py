@@ -329,10 +329,15 @@ def flag_layer(arguments: list[str], known: dict[str, Key]) -> dict[str, Value]:
         raw: Any = (not negated) if not values else values[0] if len(values) == 1 else values
         if values and key.metadata.get("verbatim"):
             raw = values
-        if len(values) > 1 and get_origin(key.hint) is not list:
+        if len(values) > 1 and not takes_list(key.hint):
             raise UserError(f"--{name} takes one value, not {len(values)}: {' '.join(values)}")
         layer[key.path] = Value(raw, f"flag --{name}", Path.cwd())
     return layer
+
+
+def takes_list(hint: Any) -> bool:
+    """Whether a flag of this type may be followed by several values."""
+    return get_origin(hint) is list or any(get_origin(arg) is list for arg in get_args(hint))
 
 
 def launcher_layer() -> dict[str, Value]:
@@ -443,7 +448,7 @@ def resolve_paths(value: Any, kind: str | None, folder: Path) -> Any:
         value.rpartition(":") if kind == "file?" and re.search(r":[\d.]+$", value) else (value, "", "")
     )
     path = Path(name).expanduser()
-    if kind == "file" and value in ("none", "backbone", "official"):
+    if kind == "file" and (value in ("none", "backbone", "official") or value.startswith(("hf-hub:", "https://"))):
         return value
     if path.is_absolute():
         return f"{path}{colon}{weight}"

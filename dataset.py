@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_all_start_methods
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -50,8 +50,10 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 400_000_000
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # temporary folders are shared with other users
 
 Size = tuple[int, int]
+T = TypeVar("T")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,8 +310,14 @@ class Reader(ABC):
     @property
     def datasets(self) -> dict[str, DatasetSummary]:
         """{name: (count, weight)} in order of appearance."""
-        counts = Counter(self.dataset_of(index) for index in range(len(self)))
-        return {name: DatasetSummary(count, self.weight_of(name)) for name, count in counts.items()}
+        return {name: DatasetSummary(len(found), self.weight_of(name)) for name, found in self.by_dataset().items()}
+
+    def by_dataset(self) -> dict[str, list[int]]:
+        """{name: indices} in order of appearance."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for index in range(len(self)):
+            found[self.dataset_of(index)].append(index)
+        return found
 
 
 @dataclass(frozen=True)
@@ -420,10 +428,10 @@ def _parse_spec(spec: str, root: str | os.PathLike[str] | None) -> list[tuple[st
 
 def _list_pairs(folder: Path, dataset: str, faults: list[Fault]) -> list[_Pair]:
     """The pairs of one dataset, sorted by stem; whatever is wrong goes to `faults`."""
-    missing = [sub for sub in (folder, folder / "im", folder / "gt") if not sub.is_dir()]
-    if missing:
-        faults.append(Fault(str(missing[0]), "is no folder; a dataset holds im/ with images and gt/ with masks"))
-        return []
+    for needed in (folder, folder / "im", folder / "gt"):
+        if not needed.is_dir():
+            faults.append(Fault(str(needed), "is no folder; a dataset holds im/ with images and gt/ with masks"))
+            return []
     images, masks = (_list_stems(folder, sub, faults) for sub in ("im", "gt"))
     for stem in sorted(images.keys() - masks.keys()):
         faults.append(Fault(images[stem], "has no mask of the same name in gt/"))
@@ -439,8 +447,8 @@ def _list_stems(folder: Path, sub: str, faults: list[Fault]) -> dict[str, str]:
     inside = folder.resolve()
     found: dict[str, list[str]] = defaultdict(list)
     for path in _walk_images(folder / sub, faults):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            faults.append(Fault(str(path), "links out of the dataset; copy the file, or link the whole dataset"))
+        if not path.resolve().is_relative_to(inside):
+            faults.append(Fault(str(path), "links out of the dataset; copy it there, or link the whole dataset"))
             continue
         found[path.relative_to(folder / sub).with_suffix("").as_posix()].append(str(path))
     for paths in found.values():
@@ -569,10 +577,17 @@ class Subset(Reader):
 
 def check(reader: Reader, *, workers: int = 4, progress: bool = True) -> list[Fault]:
     """Decode everything once and return every fault, those seen while listing first."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        per_sample = pool.map(reader.find_faults, range(len(reader)))
-        bar = tqdm(per_sample, desc="check data", total=len(reader), disable=not progress, leave=False)
-        return [*reader.faults, *(fault for faults in bar for fault in faults)]
+    per_sample = _in_threads(reader.find_faults, len(reader), workers)
+    bar = tqdm(per_sample, desc="check data", total=len(reader), disable=not progress, leave=False)
+    return [*reader.faults, *(fault for faults in bar for fault in faults)]
+
+
+def _in_threads(work: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
+    """`work(0)` to `work(count - 1)` in order, never far ahead: neither results nor, on an interrupt, work pile up."""
+    workers = max(1, workers)
+    with ThreadPoolExecutor(workers) as pool:
+        for first in range(0, count, 8 * workers):
+            yield from pool.map(work, range(first, min(first + 8 * workers, count)))
 
 
 def fail_on(faults: Sequence[Fault]) -> None:
@@ -608,42 +623,35 @@ def split(
 ) -> Reader:
     """The "train" or "val" part of a reader: fold `k/n` of a cross-validation, or a fraction held out.
 
-    Each dataset is split on its own, in an order that hashes (seed, sample id): files added or removed elsewhere do
-    not move a sample to the other part of a fraction split by more than the change in counts.
+    Each dataset is split on its own, in the order of a hash of (seed, sample id): other datasets do not matter, and a
+    file more or less moves few samples to the other part of a fraction split.
 
     Raises:
         UserError: a fold that is no `k/n` with 0 <= k < n and n >= 2, a fraction outside (0, 1), or an empty part.
     """
     if (fold is None) == (fraction is None):
         raise UserError("data: give either data.fold or a fraction for the validation split")
-    by_dataset: dict[str, list[int]] = defaultdict(list)
-    for index in range(len(reader)):
-        by_dataset[reader.dataset_of(index)].append(index)
     held_out: set[int] = set()
-    for indices in by_dataset.values():
+    for indices in reader.by_dataset().values():
         ordered = sorted(indices, key=lambda i: hashlib.sha256(f"{seed}:{reader.sample_id(i)}".encode()).digest())
-        if fold is not None:
-            number, count = _parse_fold(fold)
-            held_out.update(ordered[number::count])
-        else:
-            held_out.update(ordered[: _held_out_count(len(ordered), fraction or 0.0)])
+        held_out.update(ordered[_fold_slice(fold) if fold is not None else _fraction_slice(fraction, len(ordered))])
     kept = [index for index in range(len(reader)) if (index in held_out) == (part == "val")]
     if not kept:
         raise UserError(f"data: the split leaves no samples for the {part} part of {len(reader)}")
     return Subset(reader, kept)
 
 
-def _parse_fold(fold: str) -> tuple[int, int]:
+def _fold_slice(fold: str) -> slice:
     number, _, count = fold.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count) and int(count) >= 2):
         raise UserError(f"data.fold: {fold!r} must be k/n with k from 0 to n-1, for example 0/5")
-    return int(number), int(count)
+    return slice(int(number), None, int(count))
 
 
-def _held_out_count(count: int, fraction: float) -> int:
-    if not 0 < fraction < 1:
+def _fraction_slice(fraction: float | None, count: int) -> slice:
+    if not (fraction and 0 < fraction < 1):
         raise UserError(f"data: a validation fraction of {fraction} must lie between 0 and 1")
-    return min(max(1, round(count * fraction)), count - 1)
+    return slice(min(max(1, round(count * fraction)), count - 1))
 
 
 def limit(reader: Reader, max_samples: int | None) -> Reader:
@@ -659,7 +667,7 @@ def limit(reader: Reader, max_samples: int | None) -> Reader:
 # load_all: decode once, share the bytes
 
 
-class Cached(Reader):
+class Cached(Subset):
     """Another reader, decoded once into one memory-mapped file that workers and ranks share through the page cache.
 
     One process of each machine writes (`write=True`), all map the same `path`, and the writer then unlinks it, so
@@ -683,76 +691,54 @@ class Cached(Reader):
         write: bool = True,
         barrier: Callable[[], None] = lambda: None,
         workers: int = 4,
+        progress: bool = True,
     ):
-        self.reader, self.faults, self.class_names = reader, reader.faults, reader.class_names
+        super().__init__(reader, range(len(reader)))
         target = os.fspath(path or Path(tempfile.gettempdir(), f"cache-{os.getpid()}-{id(self)}"))
         if write:
-            _write_cache(reader, target, size, workers)
+            bar = tqdm(total=len(reader), desc="load all", disable=not progress, leave=False)
+            _write_cache(reader, target, size, workers, bar)
         barrier()
         self._bytes, self._index = _map_cache(target)
         barrier()
         if write:
             os.unlink(target)
 
-    def __len__(self) -> int:
-        return len(self.reader)
-
     def read(self, index: int) -> Sample:
         """The sample on arrays that are copies: augmentation may write into them."""
         entry = self._index[index]
-        arrays = [
-            self._bytes[start : start + math.prod(shape)].reshape(shape).copy() for start, shape in entry["arrays"]
-        ]
+        ends = [(start, start + math.prod(shape), shape) for start, shape in entry["arrays"]]
+        arrays = [self._bytes[start:end].reshape(shape).copy() for start, end, shape in ends]
         masks = arrays.pop() if entry["has_masks"] else None
         return Sample(frames=arrays, masks=masks, **entry["about"])
 
-    def sample_id(self, index: int) -> str:
-        return self.reader.sample_id(index)
 
-    def dataset_of(self, index: int) -> str:
-        return self.reader.dataset_of(index)
-
-    def files(self, index: int) -> list[str]:
-        return self.reader.files(index)
-
-    def weight_of(self, dataset: str) -> float:
-        return self.reader.weight_of(dataset)
-
-
-def _write_cache(reader: Reader, path: str, size: Size | None, workers: int) -> None:
-    """All arrays one after the other, then a JSON index of them, then 8 bytes with the index's length."""
+def _write_cache(reader: Reader, path: str, size: Size | None, workers: int, bar: tqdm) -> None:
+    """All arrays (uint8) one after the other, then a JSON index of them, then 8 bytes with the index's length."""
 
     def load(index: int) -> Sample:
         sample = reader.read(index)
         return sample if size is None else resize(sample, size)
 
-    if os.path.lexists(path):
-        os.unlink(path)
     index: list[dict[str, Any]] = []
-    offset, ahead = 0, 4 * max(1, workers)
+    written = 0
     try:
-        with open(path, "xb") as file, ThreadPoolExecutor(max(1, workers)) as pool:
-            bar = tqdm(total=len(reader), desc="load all", leave=False)
-            for first in range(0, len(reader), ahead):  # a window, or all decoded samples would wait in memory
-                for sample in pool.map(load, range(first, min(first + ahead, len(reader)))):
-                    arrays = [*sample.frames, *([] if sample.masks is None else [sample.masks])]
-                    about = {key: getattr(sample, key) for key in ("class_ids", "sample_id", "path", "dataset")}
-                    starts = [offset + sum(a.nbytes for a in arrays[:i]) for i in range(len(arrays))]
-                    places = [(start, array.shape) for start, array in zip(starts, arrays, strict=True)]
-                    index.append({"arrays": places, "has_masks": sample.masks is not None, "about": about})
-                    for array in arrays:
-                        file.write(np.ascontiguousarray(array).data)
-                        offset += array.nbytes
-                    bar.update()
-            bar.close()
+        with bar, open(path, "wb", opener=lambda name, flags: os.open(name, flags | NO_LINKS, 0o600)) as file:
+            for sample in _in_threads(load, len(reader), workers):
+                places = []
+                for array in [*sample.frames, *([] if sample.masks is None else [sample.masks])]:
+                    places.append((written, array.shape))
+                    written += file.write(np.ascontiguousarray(array).data.cast("B"))
+                about = {key: getattr(sample, key) for key in ("class_ids", "sample_id", "path", "dataset")}
+                index.append({"arrays": places, "has_masks": sample.masks is not None, "about": about})
+                bar.update()
             encoded = json.dumps(index).encode()
             file.write(encoded + len(encoded).to_bytes(8, "little"))
     except BaseException as error:
-        if os.path.exists(path):
-            os.unlink(path)
+        Path(path).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
-                f"data.load_all: no room for the cache {path} after {offset / 2**20:.0f} MiB; "
+                f"data.load_all: no room for the cache {path} after {written / 2**20:.0f} MiB; "
                 "point TMPDIR at a larger disk or set data.load_all: false"
             ) from error
         raise
@@ -858,10 +844,7 @@ class TrainSampler(Sampler[list[SampleKey]]):
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.size, self.dynamic_size_batch, self.stride = size, dynamic_size_batch, stride
         self.multiples = dynamic_size and tuple(_multiples(side, stride) for side in dynamic_size)
-        by_dataset: dict[str, list[int]] = defaultdict(list)
-        for index in range(len(reader)):
-            by_dataset[reader.dataset_of(index)].append(index)
-        self._groups = [(np.array(indices), reader.weight_of(name)) for name, indices in by_dataset.items()]
+        self._groups = [(np.array(indices), reader.weight_of(name)) for name, indices in reader.by_dataset().items()]
         self.epoch = self.start = 0
         effective = batch_size * grad_accum_steps * world_size
         self.samples_per_epoch = sum(_weighted_count(len(indices), weight) for indices, weight in self._groups)

@@ -146,7 +146,7 @@ def fine_pattern(rng: Generator, height: int, width: int) -> np.ndarray:
 
 def draw_alpha(rng: Generator, height: int, width: int) -> np.ndarray:
     """One to three shapes in [0, 1], beside each other if there is room, antialiased, some with much softer edges."""
-    alpha: np.ndarray = np.zeros((height, width))
+    alpha = np.zeros((height, width))
     sizes = [rng.uniform(0.38, 0.46), *rng.uniform(0.18, 0.28, size=rng.integers(0, 3))]
     for i, size in enumerate(sizes):
         radius = size * min(height, width)
@@ -156,7 +156,7 @@ def draw_alpha(rng: Generator, height: int, width: int) -> np.ndarray:
         canvas = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), np.uint8)
         shape = SHAPES[rng.integers(len(SHAPES) - (i == 0))]  # the largest is no wires: each picture has some area
         shape(rng, canvas, centre * SUPERSAMPLING, radius * SUPERSAMPLING)
-        drawn = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA) / 255
+        drawn: np.ndarray = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA) / 255
         if rng.random() < 0.25:
             drawn = cv2.GaussianBlur(drawn, (0, 0), rng.uniform(0.8, 2.0))
         alpha = np.maximum(alpha, drawn)

@@ -37,7 +37,7 @@ from config import load as load_config
 from dataset import Batch, Fault, Reader, check, drop, fail_on, limit
 from predict import predict
 from tasks import Task, get_task
-from utils import Precision, World, choose_precision, join_world, leave_world
+from utils import Precision, World, choose_precision, join_world, leave_world, loading_workers
 
 
 @torch.no_grad()
@@ -87,7 +87,6 @@ def score_checkpoint(path: Path, flags: list[str], world: World, faults: FaultsO
     model, meta = load_model(path)
     config = settings_for(meta, path, flags)
     progress = config.logging.progress and sys.stderr.isatty()
-    workers = config.data.num_workers if config.data.num_workers >= 0 else min(8, (os.cpu_count() or 1) // world.size)
     task = get_task(meta["task"])
     loader = build_eval_loader(
         read_test_sets(config, meta, task, {} if faults is None else faults, progress),
@@ -95,7 +94,7 @@ def score_checkpoint(path: Path, flags: list[str], world: World, faults: FaultsO
         batch_size=config.evaluation.batch_size or config.train.batch_size,
         size=config.data.size,
         world=world,
-        workers=workers,
+        workers=loading_workers(config.data.num_workers, world.size),
     )
     metric = evaluate(
         model.to(world.device),
@@ -136,7 +135,7 @@ def read_test_sets(config: Config, meta: dict[str, Any], task: Task, faults: Fau
     """The samples to score on, every one decoded once to be sure of it: `data.test`, else what the run validated on."""
     root, spec = config.data.root, config.data.test or config.data.val
     if config.is_demo:
-        root, spec = str(task.write_demo(Path("data") / f"demo_{task.name}")), "val"
+        root, spec = task.demo_root(), "val"
     reader = task.reader(spec, root=root or None, class_names=meta.get("class_names"))
     if (root, spec) not in faults:
         faults[root, spec] = check(reader, workers=os.cpu_count() or 1, progress=progress)

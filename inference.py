@@ -55,7 +55,7 @@ from dataset import (
 )
 from predict import predict
 from tasks import Task, get_task
-from utils import Precision, choose_precision, pick_device
+from utils import Precision, choose_precision, loading_workers, pick_device
 
 WRITERS = 4
 DEFAULT_SIZE = [1024, 1024]  # of official weights, which do not say what they were trained on
@@ -135,7 +135,7 @@ def predict_images(
     precision = choose_precision(mixed_precision, place)
     model = model.to(place).eval()
     sampler = EvalSampler(len(images), batch_size=batch_size, size=(height, width))
-    workers = num_workers if num_workers >= 0 else min(8, os.cpu_count() or 1)
+    workers = loading_workers(num_workers)
     loader = build_loader(
         Pictures(images, make_target=lambda sample, original: None),
         sampler,

@@ -39,7 +39,7 @@ def build_optimizer(
     import timm.optim
 
     timm_name = {"ranger": "lookahead_radam"}.get(name, name)
-    known = timm.optim.list_optimizers()
+    known = [str(each) for each in timm.optim.list_optimizers()]
     if timm_name.removeprefix("lookahead_") not in known:
         raise UserError(f"optimizer.name is {name!r}, which is unknown{nearest(name, [*TORCH_OPTIMIZERS, *known])}")
     return timm.optim.create_optimizer_v2(groups, opt=timm_name, lr=lr, weight_decay=weight_decay)

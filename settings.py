@@ -37,7 +37,9 @@ class BiRefNetSettings:
     """BiRefNet (Zheng et al., 2024). The defaults are the official ones but for the smaller backbone."""
 
     family: Literal["birefnet"] = setting("birefnet", "the model family")
-    pretrained: str = setting("none", "none, backbone, official, or a weights file to start from", path="file")
+    pretrained: str = setting(
+        "none", "none, backbone, official, a weights file, or hf-hub:owner/name to start from", path="file"
+    )
     backbone: BIREFNET_BACKBONES = setting("swin_v1_t", "the encoder")
     multi_scale_input: Literal["none", "add", "cat"] = setting("cat", "how a second, half-scale pass joins the encoder")
     context: int = setting(3, "how many finer encoder levels are joined to the deepest one", min=0, max=3)

@@ -35,6 +35,10 @@ class Task:
     draw: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, mask) -> picture
     write_demo: Callable[[Path], Path]  # draws the demo data into a folder with train/ and val/
 
+    def demo_root(self) -> str:
+        """The folder of the demo data, drawn where it is not there yet."""
+        return str(self.write_demo(Path("data") / f"demo_{self.name}"))
+
 
 def binary_color(scores: dict[str, float], limits: Any) -> str:
     """Red for a poor Jaccard index, green for a good BCE accuracy, cyan when Dice is good as well, else blue."""

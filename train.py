@@ -54,6 +54,7 @@ from build import (
     build_optimizer_for,
     build_readers,
     data_table,
+    load_pretrained,
     model_settings,
 )
 from checkpoint import CheckpointError, RunFolder, RunLock, RunState, load_weights, write_text
@@ -349,10 +350,9 @@ def wrap_model(run: Run) -> nn.Module:
     exact = run.config.distributed.exact_resume and run.world.size > 2
     devices = [run.world.device.index] if run.world.device.type == "cuda" else None
     known = signature(DistributedDataParallel).parameters  # newer versions of torch renamed the switch
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(
-        run.raw_model, device_ids=devices, find_unused_parameters=exact, **{sync: False}
-    )
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    own_buffers: dict[str, Any] = {switch: False}
+    return DistributedDataParallel(run.raw_model, device_ids=devices, find_unused_parameters=exact, **own_buffers)
 
 
 def best_metric(config: Config, task: Task) -> str:
@@ -678,10 +678,8 @@ def restore(run: Run, resumed: bool) -> None:
         file = Path(wanted)
         content = load_weights(file)
         if "state" not in content:
-            report = run.raw_model.load_official(content)
-            if not report.loaded:
-                raise UserError(f"nothing in {file} fits this model: {report.summary()}")
-            run.log.say(f"{file} holds weights only, so training starts from them at step 0: {report.summary()}")
+            run.log.say(f"{file} holds weights only, so training starts from them at step 0")
+            load_pretrained(run.raw_model, wanted, run.log)
             if run.ema:
                 run.ema.module.load_state_dict(run.raw_model.state_dict())
             return

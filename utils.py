@@ -84,6 +84,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def loading_workers(asked: int, world_size: int = 1) -> int:
+    """How many loading processes a rank starts; −1 asks for its share of the cores, at most 8."""
+    return asked if asked >= 0 else min(8, (os.cpu_count() or 1) // world_size)
+
+
 def leave_world() -> None:
     """Close the process group, if one is open."""
     if dist.is_initialized():

@@ -7,6 +7,7 @@ the image itself again (the inward reference) and learns where there is detail w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -159,9 +160,12 @@ class BiRefNet(Model):
         return torch.cat([*shrunk, features[3]], 1)
 
     def layer_depth(self, name: str) -> tuple[int, int]:
-        names = [name for name, _ in self.named_parameters() if name.startswith(self.encoder)]
-        depths, total = block_depths(names)
+        depths, total = self._encoder_depths
         return depths.get(name, total), total
+
+    @cached_property
+    def _encoder_depths(self) -> tuple[dict[str, int], int]:
+        return block_depths([name for name, _ in self.named_parameters() if name.startswith(self.encoder)])
 
     def export_graphs(self) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, dict[int, str]]]]:
         """One graph: normalised `images` (B, 3, H, W) → `logits` (B, 1, H, W)."""

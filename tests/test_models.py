@@ -171,7 +171,10 @@ def test_official_state_dict_round_trip(path: Any) -> None:
         settings = infer_settings("birefnet", empty)
         model = create_model("birefnet", **settings)
     assert settings["backbone"] == name
-    saved = {key: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for key, tensor in model.official_state_dict().items()}
+    saved = {
+        key: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+        for key, tensor in model.official_state_dict().items()
+    }
     if "batch_size_1" in path.stem:
         saved = {key: value for key, value in saved.items() if key in keys}
         assert saved == keys
@@ -192,7 +195,9 @@ def test_weights_come_back_as_they_went_in(name: str) -> None:
 
 @needs_shared
 def test_batch_size_1_checkpoint_evaluates_as_without_norms() -> None:
-    weights = golden().make_state_dict(official_keys(SHARED / "golden" / "birefnet" / "keys_swin_v1_t_batch_size_1.json"))
+    weights = golden().make_state_dict(
+        official_keys(SHARED / "golden" / "birefnet" / "keys_swin_v1_t_batch_size_1.json")
+    )
     model = build(backbone="swin_v1_t").eval()
     report = model.load_official(weights)
     assert not report.missing
@@ -212,7 +217,10 @@ def test_identity_norm_is_exact() -> None:
     assert torch.equal(norm(x), x)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s}, lambda s: {"model": {"ema": s}}, lambda s: {"model_state_dict": s, "epoch": 3}])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda s: {"state_dict": s}, lambda s: {"model": {"ema": s}}, lambda s: {"model_state_dict": s, "epoch": 3}],
+)
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod."])
 def test_wrapped_prefixed_half_checkpoints_load(wrap: Any, prefix: str) -> None:
     source, target = build(1), build(2)
@@ -251,7 +259,11 @@ def test_checkpoints_of_nothing_known_are_user_errors() -> None:
 
 def test_published_encoder_weights_load() -> None:
     model = build(backbone="resnet50", multi_scale_input="none", decoder_attention="none")
-    encoder = {key.removeprefix("backbone."): value + 1 for key, value in model.state_dict().items() if key.startswith("backbone.")}
+    encoder = {
+        key.removeprefix("backbone."): value + 1
+        for key, value in model.state_dict().items()
+        if key.startswith("backbone.")
+    }
     report = model.load_encoder({**encoder, "fc.weight": torch.zeros(1000, 2048)})  # torchvision's names
     assert not report.missing
     assert report.unexpected == ["bb.fc.weight"]
@@ -265,7 +277,11 @@ def test_parameter_groups() -> None:
     model = build(backbone="swin_v1_t")
     total = sum(p.numel() for p in model.parameters())
     (official,) = model.parameter_groups(1e-4, 1e-2, decay_norms=True)
-    assert (official["lr"], official["weight_decay"], len(official["params"])) == (1e-4, 1e-2, len(list(model.parameters())))
+    assert (official["lr"], official["weight_decay"], len(official["params"])) == (
+        1e-4,
+        1e-2,
+        len(list(model.parameters())),
+    )
 
     groups = model.parameter_groups(1.0, 0.1, backbone_lr_scale=0.5, layer_decay=0.9)
     assert sum(p.numel() for group in groups for p in group["params"]) == total
@@ -324,7 +340,7 @@ def test_activation_checkpointing_changes_no_gradient(backbone: str) -> None:
         sum(tensor.square().mean() for tensor in flatten(outputs)).backward()
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         results.append(({name: p.grad for name, p in model.named_parameters()}, buffers))
-    for (plain, repeated) in zip(*results, strict=True):
+    for plain, repeated in zip(*results, strict=True):
         for name in plain:
             assert torch.allclose(plain[name], repeated[name], rtol=1e-4, atol=1e-6), name
 
@@ -373,7 +389,10 @@ def test_deformable_convolution_equals_torchvision(kernel: int, convolve: Any) -
 
 
 def test_deformable_bands_cover_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 7, 5), (2, 18, 7, 5), (2, 9, 7, 5), (4, 3, 3, 3))]
+    inputs = [
+        torch.randn(s, dtype=torch.float64, requires_grad=True)
+        for s in ((2, 3, 7, 5), (2, 18, 7, 5), (2, 9, 7, 5), (4, 3, 3, 3))
+    ]
     whole = deformable_convolution(*inputs)
     gradients = torch.autograd.grad(whole.sin().sum(), inputs)
     monkeypatch.setattr("models.deformable.BAND_VALUES", 2 * 5 * 27 * 3)  # three rows, so bands of 3, 3 and 1
