@@ -201,6 +201,7 @@ def _alias(source: Path, target: Path) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
     os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # renaming does nothing where both names are one file already
 
 
 class RunLock:
@@ -213,7 +214,8 @@ class RunLock:
         except OSError as error:
             raise UserError(f"cannot write into the run folder {folder}: {error.strerror}; set output_dir") from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: a data worker, being a fork, would hold that on for seconds after its parent was killed.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is training in {folder}; wait for it, or choose another name") from None
 
@@ -250,6 +252,8 @@ def load_weights(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as plain weights (nothing in it was run): {reason}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+    if "format" in content and "meta" in content:
+        raise CheckpointError(f"{path} is damaged: the digest at its end is gone")
     return content
 
 

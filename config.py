@@ -1,7 +1,8 @@
 """How YAML files and flags become one checked `Config` (settings.py lists what there is to set).
 
-Order of precedence: the defaults < `configs/<family>_demo.yml` when no data is named < `--config FILE ...` <
-`config_vars.yml` < flags. Each value remembers where it came from, so that a mistake is reported by key and source.
+Order of precedence: the defaults < `configs/<family>_demo.yml` when no data is named < a resumed run's own
+`config.yml` < `--config FILE ...` < `config_vars.yml` < flags. Each value remembers where it came from, so that a
+mistake is reported by key and source.
 Imports no torch: `--help` answers at once.
 """
 
@@ -380,23 +381,30 @@ def config_vars_path() -> Path:
 def load(flags: list[str], presets: list[str] | None = None) -> Config:
     """The configuration of a run from preset names or files and flags; raises `UserError` for anything wrong.
 
-    `flags` may also name presets with `--config A B`.
+    `flags` may also name presets with `--config A B`. A run that is resumed starts from its own saved configuration,
+    so `--experiment_name X --resume` says enough.
     """
     named, flags = take_values(flags, "config")
     paths = [preset_path(name) for name in [*(presets or []), *named]]
-    has_vars = config_vars_path().is_file()
-    if has_vars:
-        paths.append(config_vars_path())
-    known = known_keys(chosen_family(paths, flags))
-    layers = [file_layer(path, known) for path in paths]
-    layers.insert(len(layers) - has_vars, launcher_layer())
-    layers.append(flag_layer(flags, known))
-    data_named = any(key in layer for layer in layers for key in ("data.root", "data.train", "data.val", "data.test"))
-    if not data_named:
-        layers.insert(0, file_layer(ROOT / "configs" / f"{chosen_family(paths, flags)}_demo.yml", known))
-    config = build({key: value for layer in layers for key, value in layer.items()}, known)
+    config = merge(paths, flags)
+    snapshot = Path(config.output_dir) / config.experiment_name / "config.yml"
+    if config.resume in ("true", "auto") and config.experiment_name and snapshot.is_file():
+        config = merge([snapshot, *paths], flags)
     cross_check(config)
     return config
+
+
+def merge(paths: list[Path], flags: list[str]) -> Config:
+    """The layers in their order of precedence, made one."""
+    own = [config_vars_path()] if config_vars_path().is_file() else []
+    family = chosen_family([*paths, *own], flags)
+    known = known_keys(family)
+    layers = [file_layer(path, known) for path in paths]
+    layers += [launcher_layer(), *(file_layer(path, known) for path in own), flag_layer(flags, known)]
+    values = {key: value for layer in layers for key, value in layer.items()}
+    if not any(values[key].raw for key in ("data.root", "data.train", "data.val", "data.test") if key in values):
+        values = file_layer(ROOT / "configs" / f"{family}_demo.yml", known) | values
+    return build(values, known)
 
 
 def chosen_family(paths: list[Path], flags: list[str]) -> str:

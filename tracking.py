@@ -309,15 +309,15 @@ class Comet(Scalars):
     def on_run_start(self, run: RunInfo) -> None:
         import comet_ml
 
-        common = {"workspace": self.workspace or None, "project_name": self.project_name or None}
-        quiet = {"log_code": False, "log_env_details": False, "auto_output_logging": False}
+        # The project's code, its environment and what it prints are the user's own business.
+        settings: dict[str, Any] = {"log_code": False, "log_env_details": False, "auto_output_logging": False}
+        settings |= {"workspace": self.workspace or None, "project_name": self.project_name or None}
+        self.experiment: Any
         if self.offline:
-            self.experiment = comet_ml.OfflineExperiment(
-                offline_directory=str(run.run_dir / "comet"), **common, **quiet
-            )
+            self.experiment = comet_ml.OfflineExperiment(offline_directory=str(run.run_dir / "comet"), **settings)
         else:
             key = self.api_key or os.environ.get("COMET_API_KEY")
-            self.experiment = comet_ml.Experiment(api_key=key, **common, **quiet)
+            self.experiment = comet_ml.Experiment(api_key=key, **settings)
         self.experiment.set_name(run.name)
         self.experiment.log_parameters(run.config)
 

@@ -213,7 +213,7 @@ class DelayedFlags:
 
 
 class EMA:
-    """Exponential moving average of weights; buffers are copied. `good` keeps a skipped step out, on the device."""
+    """Exponential moving average of weights and batch-norm statistics. A skipped step leaves no trace in it."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         import copy
@@ -224,12 +224,13 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, good: Tensor) -> None:
         """Move towards `model` by 1 − decay, times `good` (0 or 1, 0-dim)."""
-        average = [p for p in self.module.parameters() if p.is_floating_point()]
-        change = torch._foreach_sub([p.detach() for p in model.parameters() if p.is_floating_point()], average)
+        average, current = self.module.state_dict(), model.state_dict()
+        names = [name for name, value in average.items() if value.is_floating_point()]
+        change = list(torch._foreach_sub([current[name] for name in names], [average[name] for name in names]))
         torch._foreach_mul_(change, (1 - self.decay) * good)
-        torch._foreach_add_(average, change)
-        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+        torch._foreach_add_([average[name] for name in names], change)
+        for name in average.keys() - set(names):
+            average[name].copy_(current[name])
 
 
 # ---------------------------------------------------------------- meters

@@ -11,6 +11,7 @@ import argparse
 import resource
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(options.device)
     memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    model = create_model("birefnet", backbone=options.backbone).train().to(device, memory_format=memory_format)
+    model = create_model("birefnet", backbone=options.backbone).train().to(device).to(memory_format=memory_format)
     model.set_activation_checkpointing(options.activation_checkpointing)
     if options.compile:
         for part in model.compile_parts().values():
@@ -72,7 +73,7 @@ def timed_step(
     optimizer.step()
     optimizer.zero_grad()
     marks.append(now(batch.images.device))
-    return [end - start for start, end in zip(marks, marks[1:], strict=False)]
+    return [end - start for start, end in pairwise(marks)]
 
 
 def random_batch(size: int, side: int, device: torch.device) -> SimpleNamespace:

@@ -62,6 +62,7 @@ class Model(nn.Module):
     `forward(batch)` takes a `Batch` (anything with `.images`) or the image tensor itself, and returns a dict.
     """
 
+    drop_path_shares: list[float]
     stride: int = 1  # height and width of the input must be multiples of it
     encoder: str = ""  # prefix of the names of the pretrained encoder's parameters
 
@@ -85,7 +86,7 @@ class Model(nn.Module):
     # --- training ---------------------------------------------------------------------------------------------
 
     def decays(self, name: str) -> bool:
-        """Whether weight decay applies to this parameter: not to biases, norms, layer scales, position tables, tokens."""
+        """Whether weight decay applies to this parameter: not to biases, norms, scales, position tables, tokens."""
         leaf = name.rpartition(".")[2]
         return self.get_parameter(name).ndim > 1 and not leaf.endswith(
             ("relative_position_bias_table", "pos_embed", "cls_token", "reg_token")
@@ -157,18 +158,19 @@ class Model(nn.Module):
         May be called at any time; the share of every block is the one that the model was built with.
         """
         paths = [module for module in self.modules() if isinstance(module, DropPath)]
-        deepest = max((path.drop_prob for path in paths), default=0.0)
-        for path in paths:
-            if not hasattr(path, "share"):
-                path.share = path.drop_prob / deepest
-            path.drop_prob = rate * path.share
+        if not hasattr(self, "drop_path_shares"):
+            deepest = max((path.drop_prob for path in paths), default=0.0)
+            self.drop_path_shares = [path.drop_prob / deepest for path in paths]
+        for path, share in zip(paths, self.drop_path_shares, strict=True):
+            path.drop_prob = rate * share
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of each block in the backward pass: less memory, about a third more time."""
+        module: Any
         for module in self.modules():
-            if module is not self and hasattr(module, "checkpointing"):
+            if hasattr(module, "checkpointing"):
                 module.checkpointing = enabled
-            elif hasattr(module, "set_grad_checkpointing"):
+            elif hasattr(module, "set_grad_checkpointing"):  # timm's networks
                 module.set_grad_checkpointing(enabled)
 
     # --- official checkpoints ---------------------------------------------------------------------------------

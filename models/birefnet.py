@@ -327,7 +327,7 @@ class Decoder(nn.Module):
                 conv(F.interpolate(feature, size, mode="bilinear", align_corners=True))
                 for conv, feature, size in zip(self.neck, features, sizes, strict=True)
             ]
-        x, levels, gradients = None, [], []
+        x, levels, gradients = features[3], [], []
         for stage, feature in zip(self.stages, reversed(features), strict=True):
             x, level, gradient = stage(x, feature, images)
             levels.append(level)
@@ -361,9 +361,9 @@ class Stage(nn.Module):
         self.gate = Gate(out_channels) if gated else None
         self.checkpointing = False
 
-    def forward(self, x: Tensor | None, feature: Tensor, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(output of the stage below, the encoder's map, images) → output, mask logits, gradient logits."""
-        x = feature if x is None else resize(x, feature) + self.lateral(feature)
+    def forward(self, x: Tensor, feature: Tensor, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(output of the coarser stage, the encoder's map, images) → output, mask logits, gradient logits."""
+        x = feature if self.lateral is None else resize(x, feature) + self.lateral(feature)
         if self.view is not None:
             x = torch.cat([x, self.view(images, x)], 1)
         x = checkpointed(self.block, x) if self.checkpointing and self.training else self.block(x)
@@ -389,7 +389,7 @@ class Gate(nn.Module):
 
 
 class ImageView(nn.Module):
-    """The inward reference: the image at a map's size, as stacked `patch`² pixels or shrunk, through two convolutions."""
+    """The inward reference: the image at a map's size, in `patch`² stacked pixels or shrunk, after two convolutions."""
 
     def __init__(self, out_channels: int, patch: int | None) -> None:
         super().__init__()
@@ -400,6 +400,20 @@ class ImageView(nn.Module):
     def forward(self, images: Tensor, like: Tensor) -> Tensor:
         view = resize(images, like) if self.patch is None else stack_patches(images, self.patch)
         return self.conv_out(self.conv1(view))
+
+    def mixed(self, images: Tensor, mix: Tensor) -> Tensor:
+        """The view at full resolution with its channels summed by `mix` (1, C): (B, 1, H, W), without the view itself.
+
+        Each of the last convolution's nine taps becomes a channel of the first one, and these are added up where the
+        taps lie. The zeros around them are the padding of the hidden map, so the numbers hold at the border too.
+        """
+        hidden_weight, hidden_bias = self.conv1.weight, self.conv1.get_parameter("bias")
+        taps = (mix @ self.conv_out.weight.flatten(1)).view(-1, 9).T  # 9, hidden channels
+        weight = (taps @ hidden_weight.flatten(1)).view(9, *hidden_weight.shape[1:])
+        maps = F.pad(F.conv2d(images, weight, taps @ hidden_bias, padding=1), (1, 1, 1, 1)).unbind(1)
+        height, width = images.shape[-2:]
+        shifted = [m[:, t // 3 : t // 3 + height, t % 3 : t % 3 + width] for t, m in enumerate(maps)]
+        return torch.stack(shifted, 1).sum(1, keepdim=True) + mix @ self.conv_out.get_parameter("bias")
 
 
 class Head(nn.Module):
@@ -418,18 +432,8 @@ class Head(nn.Module):
         if self.view is None:
             return resize(self.out(x), images)
         from_map, from_view = self.out.weight.split([x.shape[1], self.view.out_channels], 1)
-        return resize(F.conv2d(x, from_map, self.out.bias), images) + self.see(images, from_view.flatten(1))
-
-    def see(self, images: Tensor, mix: Tensor) -> Tensor:
-        """`mix` (1, C) times the view's C channels. Each of the nine taps of its last convolution becomes a channel of
-        the first, and they are added up where they belong; zeros beyond the border are those of the hidden map."""
-        first, last = self.view.conv1, self.view.conv_out
-        taps = (mix @ last.weight.flatten(1)).view(-1, 9).T  # 9, hidden
-        weight = (taps @ first.weight.flatten(1)).view(9, *first.weight.shape[1:])
-        maps = F.pad(F.conv2d(images, weight, taps @ first.bias, padding=1), (1, 1, 1, 1))
-        height, width = images.shape[-2:]
-        shifted = [m[:, t // 3 : t // 3 + height, t % 3 : t % 3 + width] for t, m in enumerate(maps.unbind(1))]
-        return (torch.stack(shifted, 1).sum(1, keepdim=True)) + mix @ last.bias
+        seen = self.view.mixed(images, from_view.flatten(1))
+        return resize(F.conv2d(x, from_map, self.out.bias), images) + seen
 
 
 class Block(nn.Module):
@@ -496,12 +500,10 @@ class ASPP(nn.Module):
 class Branch(nn.Module):
     """Convolution, BatchNorm, ReLU."""
 
-    def __init__(self, conv: nn.Module) -> None:
+    def __init__(self, conv: nn.Conv2d | DeformableConv2d) -> None:
         super().__init__()
         self.atrous_conv = conv
-        self.bn = nn.BatchNorm2d(
-            conv.regular_conv.out_channels if isinstance(conv, DeformableConv2d) else conv.out_channels
-        )
+        self.bn = nn.BatchNorm2d(conv.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.atrous_conv(x)))
@@ -527,8 +529,8 @@ class RefineUNet(nn.Module):
         self.down = nn.ModuleList(_conv_bn_relu(width if i else 4, width) for i in range(depth + 1))
         self.up = nn.ModuleList(_conv_bn_relu(2 * width, width) for _ in range(depth))
         self.out = nn.Conv2d(width, 1, 3, padding=1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
         self.checkpointing = False
 
     def forward(self, images: Tensor, logits: Tensor) -> Tensor:
@@ -578,8 +580,10 @@ def laplacian(x: Tensor) -> Tensor:
 
 def make_identity(norm: nn.BatchNorm2d) -> None:
     """Make a BatchNorm return its input, to the last bit, in evaluation."""
-    for tensor, value in ((norm.running_mean, 0), (norm.running_var, 1 - norm.eps), (norm.weight, 1), (norm.bias, 0)):
-        nn.init.constant_(tensor, value)
+    values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - norm.eps}
+    for name, tensor in norm.state_dict().items():
+        if name in values:
+            tensor.fill_(values[name])
 
 
 def _conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:

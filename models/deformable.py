@@ -27,18 +27,18 @@ class DeformableConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
+        self.out_channels = out_channels
         taps, padding = kernel_size**2, kernel_size // 2
         self.offset_conv = nn.Conv2d(in_channels, 2 * taps, kernel_size, padding=padding)
         self.modulator_conv = nn.Conv2d(in_channels, taps, kernel_size, padding=padding)
         self.regular_conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
-        for convolution in (self.offset_conv, self.modulator_conv):
-            nn.init.zeros_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
+        for parameter in (*self.offset_conv.parameters(), *self.modulator_conv.parameters()):
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         # One convolution places and weighs the taps; two would read the input twice.
         weight = torch.cat([self.offset_conv.weight, self.modulator_conv.weight])
-        bias = torch.cat([self.offset_conv.bias, self.modulator_conv.bias])
+        bias = torch.cat([self.offset_conv.get_parameter("bias"), self.modulator_conv.get_parameter("bias")])
         plan = F.conv2d(x, weight, bias, padding=self.offset_conv.padding)
         offset, modulator = plan.split([self.offset_conv.out_channels, self.modulator_conv.out_channels], 1)
         return deformable_convolution(x, offset, 2 * modulator.sigmoid(), self.regular_conv.weight)
@@ -103,7 +103,7 @@ class _BandedConvolution(torch.autograd.Function):
         for band in _bands(x, matrix):
             inputs = [pixels, *(tensor[:, :, band].detach().requires_grad_() for tensor in (offset, modulator))]
             with torch.enable_grad():
-                sampled = _sample_band(*inputs, band.start, x.shape[2])
+                sampled = _sample_band(inputs[0], inputs[1], inputs[2], band.start, x.shape[2])
             grad_band = grad[:, band].flatten(0, 2)
             grad_matrix += grad_band.T @ sampled.detach().flatten(0, 2).to(grad.dtype)
             grad_sampled = (grad_band @ matrix).view(sampled.shape).to(sampled.dtype)
@@ -140,7 +140,7 @@ def _sample_band(pixels: Tensor, offset: Tensor, modulator: Tensor, first_row: i
 
     `pixels` are those of the whole map, of `height` rows; `offset` and `modulator` those of the rows from `first_row`.
     """
-    batch, taps, rows, width = modulator.shape
+    batch, _, rows, width = modulator.shape
     tap_rows, tap_columns = _tap_positions(offset, first_row)
     row, row_weight = _neighbours(tap_rows, height)
     column, column_weight = _neighbours(tap_columns, width)

@@ -69,11 +69,11 @@ def test_a_run_killed_at_random_moments_ends_bitwise_like_the_unbroken_one(
     family: str, world: int, kills: int, data: Path, zygote: Zygote, tmp_path: Path
 ) -> None:
     chance = random.Random(20 + world)
-    recipe = [*RECIPE, "--epochs", str(EPOCHS[world] if family == "toy" else 2)]
+    recipe = [*RECIPE, "--epochs", str(EPOCHS[world] if family == "toy" else 3)]
     model = TOY if family == "toy" else [*TINY, "--model.squeeze_block", "ASPP_x1"]
     zygote.run(flags_for(data, tmp_path / "unbroken", "run", *recipe, model=model), world)
     unbroken, broken = tmp_path / "unbroken" / "run", tmp_path / "broken" / "run"
-    killed_at = sorted(chance.sample(range(2, record_count(unbroken) - 2), kills))
+    killed_at = sorted(chance.sample(range(4, record_count(unbroken) - 2), kills))
     command = flags_for(data, tmp_path / "broken", "run", *recipe, "--checkpoint.every_steps", "2", model=model)
     for attempt, count in enumerate(killed_at):
         workers = ["--num_workers", str(2 * (attempt % 2))]
@@ -92,7 +92,7 @@ def test_a_run_killed_at_random_moments_ends_bitwise_like_the_unbroken_one(
 
 
 KILLS = {
-    "between two micro-steps": ("loss.BinaryCriterion", "forward", 12),
+    "between two micro-steps": ("loss.BinaryCriterion", "forward", 4),
     "in validation": ("metrics.BinaryMetric", "reduce", 1),
     "between saving and naming the best": ("checkpoint.RunFolder", "mark_best", 1),
     "between naming the best and the epoch's file": ("checkpoint.RunFolder", "keep_epoch", 1),

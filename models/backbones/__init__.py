@@ -78,7 +78,8 @@ def find_backbone(name: str) -> Backbone:
 
 def official_keys(encoder: nn.Module) -> KeyTable:
     """An encoder's table from official keys (without their `bb.`) to its own; most need none."""
-    return encoder.official_keys() if hasattr(encoder, "official_keys") else [("", "")]
+    table: Callable[[], KeyTable] = getattr(encoder, "official_keys", lambda: [("", "")])
+    return table()
 
 
 def block_depths(names: list[str]) -> tuple[dict[str, int], int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
@@ -16,7 +18,7 @@ class PvtV2(nn.Module):
 
     def __init__(self, size: str, drop_path: float) -> None:
         super().__init__()
-        net = timm.create_model(f"pvt_v2_{size}", num_classes=0, drop_path_rate=drop_path)
+        net: Any = timm.create_model(f"pvt_v2_{size}", num_classes=0, drop_path_rate=drop_path)
         self.patch_embed, self.stages = net.patch_embed, net.stages
         self.checkpointing = False
 
@@ -46,7 +48,7 @@ class ResNet50(nn.Module):
 
     def __init__(self, drop_path: float) -> None:
         super().__init__()
-        net = timm.create_model("resnet50", num_classes=0, drop_path_rate=drop_path)
+        net: Any = timm.create_model("resnet50", num_classes=0, drop_path_rate=drop_path)
         self.conv1, self.bn1, self.act1, self.maxpool = net.conv1, net.bn1, net.act1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         self.checkpointing = False
@@ -70,8 +72,8 @@ class Vgg16(nn.Module):
         super().__init__()
         layers = make_layers(cfgs["D"], batch_norm=batch_norm)
         pools = [i + 1 for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
-        starts = [0, *pools[1:]]  # the first two pools lie within the first stage
-        for stage, (start, stop) in enumerate(zip(starts, pools[1:]), start=1):
+        starts = [0, *pools[1:-1]]  # the first two pools lie within the first stage
+        for stage, (start, stop) in enumerate(zip(starts, pools[1:], strict=True), start=1):
             self.add_module(f"conv{stage}", layers[start:stop])
         self.checkpointing = False
 
@@ -89,8 +91,13 @@ class DinoV3(nn.Module):
     def __init__(self, size: str, depth: int, drop_path: float) -> None:
         super().__init__()
         name = f"vit_{size}_patch16_dinov3"
-        options = {"out_indices": DINOV3_LAYERS[depth], "dynamic_img_size": True, "drop_path_rate": drop_path}
-        self.model = timm.create_model(name, features_only=True, **options).model
+        options: dict[str, Any] = {
+            "out_indices": DINOV3_LAYERS[depth],
+            "dynamic_img_size": True,
+            "drop_path_rate": drop_path,
+        }
+        net: Any = timm.create_model(name, features_only=True, **options)
+        self.model = net.model
         self.layers = DINOV3_LAYERS[depth]
 
     def forward(self, images: Tensor) -> list[Tensor]:

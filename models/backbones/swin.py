@@ -107,12 +107,12 @@ class Block(nn.Module):
         """Attention within windows of a (B, H, W, C) map, padded with zeros that take part in it."""
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
-        padded = x.shape[1:3]
+        padded_height, padded_width = x.shape[1:3]
         mask = None
         if self.shift:
             x = torch.roll(x, (-self.shift, -self.shift), (1, 2))
-            mask = shift_mask(*padded, self.window, x.device)
-        x = from_windows(self.attn(to_windows(x, self.window), mask), self.window, *padded)
+            mask = shift_mask(padded_height, padded_width, self.window, x.device)
+        x = from_windows(self.attn(to_windows(x, self.window), mask), self.window, padded_height, padded_width)
         if self.shift:
             x = torch.roll(x, (self.shift, self.shift), (1, 2))
         return x[:, :height, :width]
@@ -173,13 +173,18 @@ def relative_positions(window: int) -> Tensor:
 def shift_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
     """(windows, N, N): −inf between tokens of a shifted window that are no neighbours in the map, else 0."""
     # Sizes are symbols and tensors are fake while a graph is traced: nothing may be kept from there.
-    build = _shift_mask.__wrapped__ if torch.compiler.is_compiling() else _shift_mask
-    return build(height, width, window, device)
+    if torch.compiler.is_compiling():
+        return _build_shift_mask(height, width, window, device)
+    return _kept_shift_mask(height, width, window, device)
 
 
 @functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _shift_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
+def _kept_shift_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is kept here may next be used in training
+        return _build_shift_mask(height, width, window, device)
+
+
+def _build_shift_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
     def bands(size: int) -> Tensor:  # 0, 1, 2: whole windows, the last window before the wrap, what wrapped around
         position = torch.arange(size, device=device)
         return (position >= size - window).long() + (position >= size - window // 2).long()
