@@ -16,11 +16,12 @@ from torch import nn
 
 from checkpoint import load_weights
 from config import Config
-from dataset import Cached, Dataset, EvalSampler, Reader, TrainSampler, build_loader, check, drop, fail_on, limit, split
+from dataset import Dataset, EvalSampler, TrainSampler, build_loader
 from downloads import fetch
 from errors import UserError
 from models import LoadReport, create_criterion, create_model
 from optim import build_optimizer
+from readers import Cached, Reader, check, drop, fail_on, limit, split
 from tasks import Task
 from tracking import Log
 from transforms import Augment

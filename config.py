@@ -300,7 +300,8 @@ def resolve_name(name: str, known: dict[str, Key], source: str) -> Key | Literal
         return known[path]
     if any(key.startswith(path + ".") for key in known):
         return "section"
-    names = [*known, *(alias for alias, target in ALIASES.items() if target in known)]
+    sections = {key.rpartition(".")[0] for key in known} - {""}
+    names = [*known, *sorted(sections), *(alias for alias, target in ALIASES.items() if target in known)]
     raise UserError(f"unknown key {name} (from {source}){nearest(plain, names)}")
 
 
@@ -331,7 +332,8 @@ def flag_layer(arguments: list[str], known: dict[str, Key]) -> dict[str, Value]:
         if values and key.metadata.get("verbatim"):
             raw = values
         if len(values) > 1 and not takes_list(key.hint):
-            raise UserError(f"--{name} takes one value, not {len(values)}: {' '.join(values)}")
+            shown = "" if key.metadata.get("secret") else f": {' '.join(values)}"
+            raise UserError(f"--{name} takes one value, not {len(values)}{shown}")
         layer[key.path] = Value(raw, f"flag --{name}", Path.cwd())
     return layer
 

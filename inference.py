@@ -39,21 +39,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import TEMPORARY, load_model
-from dataset import (
-    Batch,
-    DataError,
-    Dataset,
-    EvalSampler,
-    Fault,
-    ImageList,
-    Item,
-    Reader,
-    SampleInfo,
-    SampleKey,
-    build_loader,
-    read_image,
-)
+from dataset import Batch, Dataset, EvalSampler, Item, SampleInfo, SampleKey, build_loader
 from predict import predict
+from readers import DataError, Fault, ImageList, Reader, read_image
 from tasks import Task, get_task
 from utils import Precision, choose_precision, loading_workers, pick_device
 

@@ -11,11 +11,12 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from dataset import BinaryFolders, Reader, Sample, Size, binary_target, collate_binary
+from dataset import binary_target, collate_binary
 from demo import write_demo
 from errors import UserError, nearest
 from loss import resize
 from metrics import BinaryMetric
+from readers import BinaryFolders, Reader, Sample, Size
 from transforms import OFFICIAL_BINARY
 
 

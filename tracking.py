@@ -153,7 +153,8 @@ def step_line(record: StepRecord, labels: list[tuple[str, str]]) -> str:
             fields += [f"{label}: {record.means[name]:.3f}", f"{label}B: {record.last[name]:.3f}"]
     fields += [f"LR: {record.lr:.2e}", f"M: {record.momentum:.2f}", f"GN: {_number(record.grad_norm)}"]
     fields += [f"BC: {_counts(record.composition)}", f"TBC: {_counts(record.total_composition)}"]
-    fields += [f"It/s: {record.steps_per_second:.2f}", f"ETA: {timedelta(seconds=round(record.eta_seconds))}"]
+    speed = record.steps_per_second
+    fields += [f"It/s: {speed:.{1 if speed >= 1 else 2}f}", f"ETA: {timedelta(seconds=round(record.eta_seconds))}"]
     return " - ".join([*parts, ", ".join(fields)])
 
 

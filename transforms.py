@@ -25,7 +25,7 @@ from albumentations.core.transforms_interface import BasicTransform
 from errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from dataset import Sample
+    from readers import Sample
 
 Size = tuple[int, int]  # (height, width)
 Range = tuple[float, float]

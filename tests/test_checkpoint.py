@@ -25,8 +25,13 @@ from tests.helpers import ROOT, difference
 
 def payload(number: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(number)
-    return {"model": {"w": torch.randn(40, 40, generator=generator)}, "state": {"step": number}, "ema": None,
-            "format": 1, "meta": {}}
+    return {
+        "model": {"w": torch.randn(40, 40, generator=generator)},
+        "state": {"step": number},
+        "ema": None,
+        "format": 1,
+        "meta": {},
+    }
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
@@ -357,7 +362,11 @@ def test_load_model_takes_a_run_folder_or_a_file_and_prefers_the_average(tmp_pat
 
 
 def test_a_foreign_checkpoint_is_named_with_what_is_wrong(tmp_path: Path) -> None:
-    for name, content in (("list.pth", [1, 2]), ("numbers.pth", {"a": 1}), ("other.pth", {"conv.weight": torch.ones(3)})):
+    for name, content in (
+        ("list.pth", [1, 2]),
+        ("numbers.pth", {"a": 1}),
+        ("other.pth", {"conv.weight": torch.ones(3)}),
+    ):
         torch.save(content, tmp_path / name)
         with pytest.raises(UserError) as raised:
             load_model(tmp_path / name)

@@ -299,7 +299,8 @@ def test_relative_paths_count_from_who_names_them(tmp_path: Path, monkeypatch: p
 def test_what_is_written_down_comes_back_and_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "canary-of-the-environment")
     flags = ["--comet_ml_api_key", "canary-1", "--tracking.wandb.api_key=canary-2", "--lr", "6e-5", "--data.train", "x",
-             "--model.drop_path", "null", "--data.augment", "[{name: HorizontalFlip, p: 0.5}]", "--resume"]  # fmt: skip
+             "--model.drop_path", "null", "--data.augment", "[{name: HorizontalFlip, p: 0.5}]", "--resume",
+             "--output_dir", "/runs"]  # fmt: skip
     made = load(flags)
     assert {"canary-1", "canary-2", "canary-of-the-environment"} == set(config.secret_values(made))
     for text in (to_yaml(made), to_yaml(made, documented=True)):
@@ -314,7 +315,7 @@ def test_what_is_written_down_comes_back_and_holds_no_secret(monkeypatch: pytest
             assert key.metadata["doc"] in documented
     with pytest.raises(UserError) as raised:
         load(["--comet_ml_api_key", "[canary-3", "canary-4"])
-    assert "canary" not in str(raised.value) or "takes one value" in str(raised.value)
+    assert "canary" not in str(raised.value)
 
 
 def test_differences_are_named_and_those_that_may_change_left_out() -> None:

@@ -23,32 +23,34 @@ from PIL import Image
 import dataset
 from dataset import (
     Batch,
-    BinaryFolders,
-    Cached,
-    DataError,
     Dataset,
     EvalSampler,
-    Fault,
-    ImageList,
-    Reader,
-    Sample,
     SampleInfo,
     SampleKey,
     TrainSampler,
     binary_target,
     build_loader,
-    check,
     collate_binary,
     composition,
+    normalize,
+)
+from errors import UserError
+from readers import (
+    BinaryFolders,
+    Cached,
+    DataError,
+    Fault,
+    ImageList,
+    Reader,
+    Sample,
+    check,
     drop,
     fail_on,
     limit,
-    normalize,
     read_alpha,
     read_image,
     split,
 )
-from errors import UserError
 from tests.conftest import ROOT, SHARED, needs_shared
 from transforms import OFFICIAL_BINARY, Augment, resize
 
@@ -685,6 +687,7 @@ def test_a_program_ends_although_its_loader_is_never_collected(tmp_path: Path) -
     program = f"""
 import builtins
 from dataset import *
+from readers import *
 data = Dataset(BinaryFolders({str(tmp_path / "a")!r}), make_target=binary_target)
 loader = build_loader(data, EvalSampler(4, batch_size=1, size=(8, 8)), collate_targets=collate_binary, workers=2)
 builtins.kept = iter(loader)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import BinaryFolders, check
 from demo import write_demo
 from errors import UserError
+from readers import BinaryFolders, check
 
 
 @pytest.fixture(scope="module")

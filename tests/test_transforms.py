@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageEnhance
 
 import transforms
-from dataset import Sample
 from errors import UserError
+from readers import Sample
 from transforms import OFFICIAL_BINARY, STRONG_BINARY, Augment, preview_sheet, resize
 
 SIZE = (72, 96)
