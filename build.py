@@ -78,7 +78,6 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
     """(training loader, validation loader or None)."""
     training, validation = readers
     data, size = config.data, (config.data.size[1], config.data.size[0])
-    workers = loading_workers(data.num_workers, world.size)
     if data.load_all:
         path = world.agree(f"{os.environ.get('TMPDIR', '/tmp')}/maskwright-{os.getpid()}")
         training = Cached(training, path=str(path), size=None if data.dynamic_size else size,
@@ -98,27 +97,32 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
     )
     dataset = Dataset(training, make_target=task.make_target, augment=build_augment(config, task), seed=config.seed)
     train_loader = build_loader(
-        dataset, sampler, collate_targets=task.collate_targets, workers=workers,
-        persistent=True, pin=world.device.type == "cuda",
-    )  # fmt: skip
-    if validation is None:
-        return train_loader, None
-    batch_size = config.evaluation.batch_size or config.train.batch_size
-    return train_loader, build_eval_loader(
-        validation, task, batch_size=batch_size, size=data.size, world=world, workers=workers
+        dataset,
+        sampler,
+        collate_targets=task.collate_targets,
+        statistics=data.normalize,
+        workers=loading_workers(data.num_workers, world.size),
+        persistent=True,
+        pin=world.device.type == "cuda",
     )
+    return train_loader, None if validation is None else build_eval_loader(validation, task, config, world)
 
 
-def build_eval_loader(reader: Any, task: Any, *, batch_size: int, size: list[int], world: World, workers: int) -> Any:
-    """A loader of a reader's samples at the model's size ([width, height]), with the originals to score against."""
+def build_eval_loader(reader: Reader, task: Task, config: Config, world: World) -> Any:
+    """A loader of a reader's samples at the model's size, with the originals to score against."""
     sampler = EvalSampler(
-        len(reader), batch_size=batch_size, size=(size[1], size[0]), rank=world.rank, world_size=world.size
+        len(reader),
+        batch_size=config.evaluation.batch_size or config.train.batch_size,
+        size=(config.data.size[1], config.data.size[0]),
+        rank=world.rank,
+        world_size=world.size,
     )
     return build_loader(
         Dataset(reader, make_target=task.make_target),
         sampler,
         collate_targets=task.collate_targets,
-        workers=workers,
+        statistics=config.data.normalize,
+        workers=loading_workers(config.data.num_workers, world.size),
         pin=world.device.type == "cuda",
     )
 

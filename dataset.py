@@ -296,19 +296,29 @@ class EvalSampler(Sampler[list[SampleKey]]):
 # Batches
 
 
-def normalize(images: np.ndarray) -> Tensor:
-    """(B, H, W, 3) uint8 → (B, 3, H, W) float32 `(x / 255 - mean) / std`, in the order of operations of torchvision's
-    ToTensor and Normalize, so that the bits agree."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+def normalize(images: np.ndarray, statistics: str = "imagenet") -> Tensor:
+    """(B, H, W, 3) uint8 → (B, 3, H, W) float32 `(x / 255 - mean) / std`.
+
+    `imagenet` takes the mean and deviation of ImageNet's channels, in the order of operations of torchvision's
+    ToTensor and Normalize, so that the bits agree. `image` takes each image's own, over all channels: for microscopy
+    and the like, where brightness says more about the lamp than about the object.
+    """
     planar = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return planar.div_(255).sub_(mean).div_(std)
+    planar.div_(255)
+    if statistics == "image":
+        std, mean = torch.std_mean(planar, dim=(1, 2, 3), keepdim=True, correction=0)
+        return planar.sub_(mean).div_(std.clamp(min=1 / 255))  # a flat image stays flat
+    means, stds = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return planar.sub_(means).div_(stds)
 
 
-def collate(items: Sequence[Item], *, collate_targets: Callable[[list[Any]], Any]) -> Batch:
+def collate(
+    items: Sequence[Item], *, collate_targets: Callable[[list[Any]], Any], statistics: str = "imagenet"
+) -> Batch:
     """Stack items of one size into a batch; `collate_targets` is the task's, and is not asked at inference."""
     targets = [item.target for item in items]
     return Batch(
-        images=normalize(np.stack([item.image for item in items])),
+        images=normalize(np.stack([item.image for item in items]), statistics),
         targets=None if any(target is None for target in targets) else collate_targets(targets),
         samples=[item.info for item in items],
     )
@@ -319,12 +329,13 @@ def build_loader(
     sampler: Sampler[list[SampleKey]],
     *,
     collate_targets: Callable[[list[Any]], Any],
+    statistics: str = "imagenet",
     workers: int = 0,
     persistent: bool = False,
     pin: bool = False,
     prefetch: int = 2,
 ) -> DataLoader[Batch]:
-    """A loader of `Batch` over a batch sampler. No setting of it changes a byte of any batch.
+    """A loader of `Batch` over a batch sampler, normalised by `statistics`; nothing else changes a byte of any batch.
 
     Workers are forked where the system can: they inherit the cache's mapping, and decoding needs no clean start.
     """
@@ -332,7 +343,7 @@ def build_loader(
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # of items; what the loader yields is collated
         batch_sampler=sampler,
-        collate_fn=functools.partial(collate, collate_targets=collate_targets),
+        collate_fn=functools.partial(collate, collate_targets=collate_targets, statistics=statistics),
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
         prefetch_factor=prefetch if workers > 0 else None,

@@ -38,7 +38,7 @@ from dataset import Batch
 from predict import predict
 from readers import Fault, Reader, check, drop, fail_on, limit
 from tasks import Task, get_task
-from utils import Precision, World, choose_precision, join_world, leave_world, loading_workers
+from utils import Precision, World, choose_precision, join_world, leave_world
 
 
 @torch.no_grad()
@@ -89,14 +89,8 @@ def score_checkpoint(path: Path, flags: list[str], world: World, faults: FaultsO
     config = settings_for(meta, path, flags)
     progress = config.logging.progress and sys.stderr.isatty()
     task = get_task(meta["task"])
-    loader = build_eval_loader(
-        read_test_sets(config, meta, task, {} if faults is None else faults, progress),
-        task,
-        batch_size=config.evaluation.batch_size or config.train.batch_size,
-        size=config.data.size,
-        world=world,
-        workers=loading_workers(config.data.num_workers, world.size),
-    )
+    reader = read_test_sets(config, meta, task, {} if faults is None else faults, progress)
+    loader = build_eval_loader(reader, task, config, world)
     metric = evaluate(
         model.to(world.device),
         loader,

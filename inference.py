@@ -128,6 +128,7 @@ def predict_images(
         Pictures(images, make_target=lambda sample, original: None),
         sampler,
         collate_targets=Problems,
+        statistics=meta.get("normalize", "imagenet"),
         workers=workers if len(sampler) > 1 else 0,
         pin=place.type == "cuda",
     )

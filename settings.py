@@ -81,6 +81,9 @@ class DataSettings:
         None, "[[min width, max width], [min height, max height]] to draw training sizes from", min=32
     )
     dynamic_size_batch: int = setting(1, "draw a new size every so many batches", min=1)
+    normalize: Literal["imagenet", "image"] = setting(
+        "imagenet", "input statistics: ImageNet's, as pretrained weights expect, or each image's own (microscopy)"
+    )
     augment: list[dict] | None = setting(None, "transforms by name and arguments; null: the task's official recipe")
     background_synthesis: float = setting(0.0, "probability of a plain synthetic background", min=0, max=1)
     fold: str = setting("", "k-fold split of the training sets, e.g. 0/5: fold 0 of 5 validates", pattern=r"|\d+/\d+")

@@ -461,7 +461,7 @@ def step_values(
 ) -> tuple[list[str], Tensor]:
     """(names, values) of one micro-step that add up to the step's over micro-steps and ranks."""
     share = 1 / (run.config.train.grad_accum_steps * run.world.size)
-    names = ["loss", *losses, *scores, *(f"samples/{name}" for name in run.dataset_names), "stop"]
+    names = ["loss", *(f"loss/{term}" for term in losses), *scores, *(f"samples/{name}" for name in run.dataset_names), "stop"]
     measured = torch.stack([loss, *losses.values(), *(score * share for score in scores.values())]).detach().float()
     host = [*composition(batch.samples, run.dataset_names), bool(run.stop)]
     counted = torch.tensor(host, dtype=torch.float32)
@@ -657,6 +657,7 @@ def model_meta(run: Run) -> dict[str, Any]:
         "settings": model_settings(config),
         "task": config.task,
         "size": list(config.data.size),
+        "normalize": config.data.normalize,
         "class_names": list(run.train_loader.dataset.reader.class_names),
         "experiment_name": config.experiment_name,
         "config": as_dict(config),

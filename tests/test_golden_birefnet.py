@@ -78,8 +78,8 @@ def training_case(name: str, shape: tuple[int, ...]) -> tuple[Any, nn.Module, An
     masks = golden().make_mask(f"birefnet/visible/{name}/mask", (batch_size, 1, height, width))
     class_ids = torch.full((batch_size,), -1)
     batch = SimpleNamespace(images=images, targets=SimpleNamespace(masks=masks, class_ids=class_ids))
-    weights = {"bce": 30.0, "iou": 0.5, "ssim": 10.0, "gradient": 1.0}
-    return expected, model, batch, BinaryCriterion(weights, iou_reduction="sum", iou_smooth=0.0)
+    terms = {"bce": 30.0, "iou": 0.5, "ssim": 10.0, "gradient": 1.0}
+    return expected, model, batch, BinaryCriterion(terms, iou_reduction="sum", iou_smooth=0.0)
 
 
 def relative_error(value: Tensor, expected: np.ndarray) -> float:
@@ -116,10 +116,10 @@ def test_training_outputs_losses_and_gradients(name: str, shape: tuple[int, ...]
         kind, _, official = key.partition("__")
         if kind not in ("grad", "grad_norm"):
             continue
-        if official == "ALL":
-            gradient = torch.cat([p.grad.flatten() for p in parameters.values()])
-        else:
-            gradient = parameters[own_names[official]].grad
+        chosen = list(parameters.values()) if official == "ALL" else [parameters[own_names[official]]]
+        gradients = [parameter.grad for parameter in chosen if parameter.grad is not None]
+        assert len(gradients) == len(chosen)
+        gradient = gradients[0] if len(gradients) == 1 else torch.cat([part.flatten() for part in gradients])
         value = gradient.double().norm() if kind == "grad_norm" else gradient
         assert relative_error(value, expected[key]) <= max(1e-3, 10 * noise[key]), key
         checked += 1
