@@ -461,7 +461,8 @@ def step_values(
 ) -> tuple[list[str], Tensor]:
     """(names, values) of one micro-step that add up to the step's over micro-steps and ranks."""
     share = 1 / (run.config.train.grad_accum_steps * run.world.size)
-    names = ["loss", *(f"loss/{term}" for term in losses), *scores, *(f"samples/{name}" for name in run.dataset_names), "stop"]
+    samples = [f"samples/{name}" for name in run.dataset_names]
+    names = ["loss", *(f"loss/{term}" for term in losses), *scores, *samples, "stop"]
     measured = torch.stack([loss, *losses.values(), *(score * share for score in scores.values())]).detach().float()
     host = [*composition(batch.samples, run.dataset_names), bool(run.stop)]
     counted = torch.tensor(host, dtype=torch.float32)

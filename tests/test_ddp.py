@@ -14,6 +14,7 @@ import torch
 import checkpoint
 from dataset import Batch, BinaryTarget, SampleInfo
 from loss import BinaryCriterion
+from models.base import Model
 from tests.helpers import TOY, Zygote, difference, draw_set, flags_for, records, zygote_in
 from tests.toy import Toy
 
@@ -92,7 +93,7 @@ def batch_of(images: torch.Tensor, masks: torch.Tensor) -> Batch:
     return Batch(images, BinaryTarget(masks, torch.full((len(images),), -1)), samples)
 
 
-def gradients(model: Toy, criterion: Any, batches: list[Batch]) -> tuple[dict[str, torch.Tensor], float]:
+def gradients(model: Model, criterion: Any, batches: list[Batch]) -> tuple[dict[str, torch.Tensor], float]:
     """Accumulated gradients and loss of one step over micro-batches, as the loop makes them."""
     model.zero_grad()
     counts = [criterion.counts(batch) for batch in batches]

@@ -56,7 +56,7 @@ CASES = {
     "nothing to resume": (["--experiment_name", "new", "--resume"], ["no run to resume", "--resume auto"]),
     "no permission": (["--output_dir", "{d}/file/runs"], ["cannot write into the run folder", "output_dir"]),
     "unknown metric": (["--data.train", "{d}/good", "--checkpoint.monitor", "val/f1"], ["val/jaccard"]),
-    "unknown optimizer": (["--data.train", "{d}/good", "--optimizer.name", "adamv"], ["optimizer.name", "did you mean"]),
+    "unknown optimizer": (["--data.train", "{d}/good", "--optimizer.name", "adamv"], ["optimizer.name", "adam"]),
     "unknown loss": (["--data.train", "{d}/good", "--loss.weights", "{{bcf: 1}}"], ["bcf", "did you mean"]),
     "unknown transform": (["--data.train", "{d}/good", "--data.augment", "[{{name: Fliq}}]"], ["Fliq"]),
     "frozen nothing": (["--data.train", "{d}/good", "--optimizer.freeze", "decoderr"], ["decoderr", "did you mean"]),

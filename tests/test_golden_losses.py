@@ -23,8 +23,9 @@ TERMS |= {"cnt": "contour", "structure": "structure"}
 # (relative, absolute)
 VALUE = (1e-5, 1e-6)
 GRADIENT = (1e-4, 1e-8)
-# The golden's own gradients of a whole PixLoss are up to 3.6e-4 away from those of float64, where terms cancel.
-SUMMED_GRADIENT = (1e-3, 1e-8)
+# Where the terms of a whole PixLoss cancel, the golden's own float32 gradients are up to 3.6 times GRADIENT away from
+# those of float64, so these are held against the largest value: a part in a million of it.
+SUMMED_GRADIENT_OF_LARGEST = 1e-6
 SIZE = (128, 192)
 
 
@@ -121,7 +122,8 @@ def test_weighted_sum_over_levels(task: str, inputs: Inputs, expected: dict, lam
         assert_close(value.item() / 4, expected[f"pixloss_{task}_logged_{term}"].item(), VALUE)
     for index, level in enumerate(levels):
         gradient = golden.sample(level.grad, 512)
-        assert_close(gradient, expected[f"pixloss_{task}_grad_level{index}"], SUMMED_GRADIENT)
+        wanted = expected[f"pixloss_{task}_grad_level{index}"]
+        assert_close(gradient, wanted, (1e-4, SUMMED_GRADIENT_OF_LARGEST * np.abs(wanted).max()))
 
 
 def test_gradient_reference(inputs: Inputs, expected: dict, golden: ModuleType) -> None:

@@ -121,14 +121,14 @@ def test_adamw_and_sgd_are_their_formulas() -> None:
     weights, optimizer = problem("adamw")
     w = weights[0].detach().clone().double()
     step(weights, optimizer, 0)
-    g = weights[0].grad.double()  # type: ignore[union-attr]
+    g = weights[0].grad.double()
     expected = w * (1 - 0.01 * 0.1) - 0.01 * g / (g.abs() + 1e-8)
     assert torch.allclose(weights[0].double(), expected, atol=1e-6)
     weights, optimizer = problem("sgd")
     w, v = weights[0].detach().clone().double(), torch.zeros(8, 6, dtype=torch.float64)
     for number in range(3):
         step(weights, optimizer, number)
-        v = 0.9 * v + weights[0].grad.double() + 0.1 * w  # type: ignore[union-attr]
+        v = 0.9 * v + weights[0].grad.double() + 0.1 * w
         w = w - 0.01 * v
     assert torch.allclose(weights[0].double(), w, atol=1e-6)
 
