@@ -173,6 +173,12 @@ class Model(nn.Module):
             elif hasattr(module, "set_grad_checkpointing"):  # timm's networks
                 module.set_grad_checkpointing(enabled)
 
+    # --- published weights ---------------------------------------------------------------------------------------
+
+    def published_weights(self) -> dict[str, str]:
+        """Where the `backbone` and `official` weights for this model's settings are published, of those that are."""
+        return {}
+
     # --- official checkpoints ---------------------------------------------------------------------------------
 
     def official_keys(self) -> KeyTable:

@@ -23,6 +23,9 @@ NECK_CHANNELS = (192, 384, 768, 1536)  # a plain transformer's maps are brought 
 
 DERIVED = ("relative_position_index", "num_batches_tracked")  # buffers of whole numbers, which some files leave out
 
+# Other releases (HR, dynamic, matting, one per benchmark) load as model.pretrained: hf-hub:ZhengPeng7/<name>.
+OFFICIAL_WEIGHTS = {"swin_v1_l": "hf-hub:ZhengPeng7/BiRefNet", "swin_v1_t": "hf-hub:ZhengPeng7/BiRefNet_lite"}
+
 BlockBuilder = Callable[[int, int], nn.Module]
 
 
@@ -80,6 +83,7 @@ class BiRefNet(Model):
         super().__init__()
         row = find_backbone(backbone)
         plain_transformer = backbone.startswith("dino")
+        self.backbone_name = backbone
         self.multi_scale_input = multi_scale_input
         self.context = context
 
@@ -202,18 +206,18 @@ class BiRefNet(Model):
             report.notes.append(f"{len(norms)} BatchNorms act as identities, for it was trained without them")
         return report
 
+    def published_weights(self) -> dict[str, str]:
+        """Addresses of the encoder's weights, and of BiRefNet's own general ones for the encoders that have some."""
+        own = {"official": OFFICIAL_WEIGHTS[self.backbone_name]} if self.backbone_name in OFFICIAL_WEIGHTS else {}
+        return {"backbone": BACKBONES[self.backbone_name].weights, **own}
+
     def load_encoder(self, state_dict: Mapping[str, Any]) -> LoadReport:
         """Load the encoder alone from the weights that its authors publish (`models.backbones.BACKBONES`)."""
-        theirs = unwrap(state_dict)
-        own = {name.removeprefix(self.encoder) for name in self.state_dict()}
-        official = {
-            own_key: official_key
-            for official_key, own_key in key_pairs(self.state_dict(), self.official_keys()).items()
-        }
+        own_to_official = {own: key for key, own in key_pairs(self.state_dict(), self.official_keys()).items()}
+        translate = getattr(self.backbone, "published_key", lambda key: key)
         renamed = {}
-        for key, tensor in theirs.items():
-            key = key if key in own else f"model.{key}" if f"model.{key}" in own else key
-            renamed[official.get(self.encoder + key, f"bb.{key}")] = tensor
+        for key, tensor in unwrap(state_dict).items():
+            renamed[own_to_official.get(self.encoder + translate(key), f"bb.{key}")] = tensor
         report = super().load_official(renamed)
         report.missing = [key for key in report.missing if key.startswith("bb.")]
         return report

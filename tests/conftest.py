@@ -1,4 +1,4 @@
-"""What all tests share: the repository root on the path, the small data beside the checkout where there is any, and one thread."""
+"""What all tests share: the repository root on the path, and the small data beside the checkout where there is any."""
 
 from __future__ import annotations
 

@@ -266,17 +266,24 @@ def test_checkpoints_of_nothing_known_are_user_errors() -> None:
         infer_settings("birefnet", {"bb.conv.weight": torch.zeros(3)})
 
 
-def test_published_encoder_weights_load() -> None:
-    model = build(backbone="resnet50", multi_scale_input="none", decoder_attention="none")
-    encoder = {
-        key.removeprefix("backbone."): value + 1
-        for key, value in model.state_dict().items()
-        if key.startswith("backbone.")
-    }
-    report = model.load_encoder({**encoder, "fc.weight": torch.zeros(1000, 2048)})  # torchvision's names
-    assert not report.missing
-    assert report.unexpected == ["bb.fc.weight"]
-    assert torch.equal(model.backbone.layer4[2].conv3.weight, encoder["layer4.2.conv3.weight"])
+@pytest.mark.parametrize(
+    ("backbone", "published", "own"),
+    [
+        ("resnet50", "layer4.2.conv3.weight", "layer4.2.conv3.weight"),
+        ("vgg16", "features.12.weight", "conv2.12.weight"),
+        ("pvt_v2_b0", "block2.1.attn.q.weight", "stages.1.blocks.1.attn.q.weight"),
+        ("swin_v1_t", "layers.2.blocks.5.mlp.fc1.weight", "layers.2.blocks.5.mlp.fc1.weight"),
+        ("dino_v3_s", "blocks.3.attn.qkv.weight", "model.blocks.3.attn.qkv.weight"),
+    ],
+)
+def test_published_encoder_weights_load(backbone: str, published: str, own: str) -> None:
+    with torch.device("meta"):
+        shape = build(backbone=backbone).backbone.get_parameter(own).shape
+    model = build(backbone=backbone, multi_scale_input="none", decoder_attention="none")
+    report = model.load_encoder({published: torch.full(shape, 3.0), "head.weight": torch.zeros(1000, 7)})
+    assert len(report.loaded) == 1
+    assert report.unexpected == ["bb.head.weight"]
+    assert (model.backbone.get_parameter(own) == 3).all()
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -84,6 +84,12 @@ class Vgg16(nn.Module):
             features.append(x)
         return features
 
+    def published_key(self, key: str) -> str:
+        """torchvision counts layers through, `features.12.weight`; here they stand in stages, `conv2.12.weight`."""
+        number = key.removeprefix("features.").partition(".")[0]
+        stages = [name for name, stage in self.named_children() if number in dict(stage.named_children())]
+        return f"{stages[0]}.{key.removeprefix('features.')}" if key.startswith("features.") and stages else key
+
 
 class DinoV3(nn.Module):
     """DINOv3 vision transformer (Siméoni et al., 2025, arXiv:2508.10104): four maps, all at stride 16."""
@@ -102,3 +108,6 @@ class DinoV3(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.model.forward_intermediates(images, indices=self.layers, intermediates_only=True)
+
+    def published_key(self, key: str) -> str:
+        return f"model.{key}"
