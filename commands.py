@@ -12,8 +12,9 @@ import torch
 from build import build_augment, build_criterion, build_loaders, build_model, build_readers, data_table
 from checkpoint import write_text
 from config import Config, secret_values, to_yaml
-from dataset import Dataset, SampleKey
+from dataset import Dataset
 from errors import UserError
+from samples import SampleKey
 from tasks import get_task
 from tracking import Log
 from transforms import preview_sheet

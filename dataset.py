@@ -16,9 +16,9 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from multiprocessing import get_all_start_methods
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,87 +27,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from errors import UserError
-from readers import Reader, Sample, Size
+from readers import Reader
+from samples import Batch, BinaryTarget, Sample, SampleInfo, SampleKey, Size
 from transforms import resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is passed around
-
-
-@dataclass
-class SampleInfo:
-    """Where a sample of a batch came from; `size` is (H, W) of its original image."""
-
-    sample_id: str
-    path: str
-    dataset: str
-    size: Size
-
-
-class Targets(Protocol):
-    """What a task must offer for its targets to ride in a `Batch`."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any: ...
-
-    def pin_memory(self) -> Any: ...
-
-
-@dataclass
-class BinaryTarget:
-    """Targets of `binary`: soft masks in [0, 1]."""
-
-    masks: Tensor  # (B, 1, H, W) float32 at the model's size
-    class_ids: Tensor  # (B,) int64, -1 where unknown
-    originals: list[Tensor] = field(default_factory=list)  # evaluation: per sample (h, w) uint8 alpha at its own size
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> BinaryTarget:
-        """Move what losses read; the originals, which may be huge, stay on the host."""
-        return replace(
-            self,
-            masks=self.masks.to(device, non_blocking=non_blocking),
-            class_ids=self.class_ids.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> BinaryTarget:
-        return replace(self, masks=self.masks.pin_memory(), class_ids=self.class_ids.pin_memory())
-
-
-@dataclass
-class Batch:
-    """What models, criteria and metrics are given."""
-
-    images: Tensor  # (B, 3, H, W) float32, ImageNet-normalised
-    targets: Any  # `Targets` of the task, or None at inference
-    samples: list[SampleInfo]
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        targets = None if self.targets is None else self.targets.to(device, non_blocking=non_blocking)
-        return replace(self, images=self.images.to(device, non_blocking=non_blocking), targets=targets)
-
-    def pin_memory(self) -> Batch:
-        targets = None if self.targets is None else self.targets.pin_memory()
-        return replace(self, images=self.images.pin_memory(), targets=targets)
-
-    @classmethod
-    def from_images(cls, images: Tensor) -> Batch:
-        """A batch without targets around already normalised (B, 3, H, W) images."""
-        size = (images.shape[-2], images.shape[-1])
-        samples = [SampleInfo(sample_id=str(i), path="", dataset="", size=size) for i in range(images.shape[0])]
-        return cls(images=images, targets=None, samples=samples)
-
-
-@dataclass(frozen=True)
-class SampleKey:
-    """All that decides what a sample looks like, beside the seed: samplers yield it, `Dataset` takes it."""
-
-    epoch: int
-    index: int
-    occurrence: int  # how often the index has come before in this epoch
-    size: Size
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,9 +34,9 @@ from build import build_eval_loader
 from checkpoint import load_model
 from config import Config, apply_flags, from_dict, take_values
 from config import load as load_config
-from dataset import Batch
 from predict import predict
 from readers import Fault, Reader, check, drop, fail_on, limit
+from samples import Batch
 from tasks import Task, get_task
 from utils import Precision, World, choose_precision, join_world, leave_world
 

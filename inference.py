@@ -39,9 +39,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import TEMPORARY, load_model
-from dataset import Batch, Dataset, EvalSampler, Item, SampleInfo, SampleKey, build_loader
+from dataset import Dataset, EvalSampler, Item, build_loader
 from predict import predict
 from readers import DataError, Fault, ImageList, Reader, read_image
+from samples import Batch, SampleInfo, SampleKey
 from tasks import Task, get_task
 from utils import Precision, choose_precision, loading_workers, pick_device
 

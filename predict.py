@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset import Batch
+from samples import Batch
 
 
 def predict(model: Any, batch: Batch, tta: bool = False) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,26 +31,14 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from errors import UserError
+from samples import Sample, Size
 from transforms import resize
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_PIXELS = 400_000_000
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # temporary folders are shared with other users
 
-Size = tuple[int, int]
 T = TypeVar("T")
-
-
-@dataclass
-class Sample:
-    """What every reader yields: a picture as it is on disk, with its annotation in the compact form it came in."""
-
-    frames: list[np.ndarray]  # each (H, W, 3) uint8 RGB; one for a still image
-    masks: Any = None  # binary: (H, W) uint8 alpha; None at inference
-    class_ids: list[int] = field(default_factory=list)  # binary: the auxiliary class, or none
-    sample_id: str = ""
-    path: str = ""
-    dataset: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from demo import write_demo
 from errors import UserError, nearest
 from loss import resize
 from metrics import BinaryMetric
-from readers import BinaryFolders, Reader, Sample, Size
+from readers import BinaryFolders, Reader
+from samples import Sample, Size
 from transforms import OFFICIAL_BINARY
 
 

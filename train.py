@@ -34,7 +34,7 @@ if __name__ == "__main__":
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,11 @@ from checkpoint import RunFolder, RunLock, write_text
 from commands import check_data, create_config, dry_run, preview, version
 from config import Config, as_dict, secret_values, take_values, to_yaml
 from config import load as load_config
-from dataset import Batch, composition
+from dataset import composition
 from evaluate import evaluate
 from optim import guarded_step
 from run import Run, build_run, name_the_run, open_run_folder, publish
+from samples import Batch
 from tasks import get_task
 from tracking import Callback, Log, StepRecord, ValidationRecord
 from utils import (
@@ -76,33 +77,26 @@ def main(config: Config, callbacks: list[Callback] | None = None) -> dict[str, f
     task = get_task(config.task)
     name_the_run(config, world)
     folder = RunFolder(Path(config.output_dir) / config.experiment_name)
-    lock = RunLock(folder.path) if world.is_main_process else None
-    try:
-        resumed = open_run_folder(config, folder, world)
-    except BaseException:
-        if lock:
-            lock.release()
-        leave_world()
-        raise
-    log = Log(folder.path / "train.log" if world.is_main_process else None, secret_values(config),
-              config.logging.color, quiet=not world.is_main_process)  # fmt: skip
-    status, run = "failed", None
-    try:
-        run = build_run(config, world, task, folder, log, resumed, callbacks or [])
-        status, metrics = train(run)
-        return metrics
-    except BaseException as error:
-        log.say(f"the run ended with {type(error).__name__}: {error}")
-        raise
-    finally:
+    with ExitStack() as at_the_end:
+        at_the_end.callback(leave_world)
         if world.is_main_process:
-            write_text(folder.path / "status.txt", status + "\n")
-        log.close()
-        if lock:
-            lock.release()
-        leave_world()
-        if run:
-            run.stop.restore()
+            at_the_end.callback(RunLock(folder.path).release)
+        resumed = open_run_folder(config, folder, world)
+        log = Log(folder.path / "train.log" if world.is_main_process else None, secret_values(config),
+                  config.logging.color, quiet=not world.is_main_process)  # fmt: skip
+        at_the_end.callback(log.close)
+        status = "failed"
+        try:
+            run = build_run(config, world, task, folder, log, resumed, callbacks or [])
+            at_the_end.callback(run.stop.restore)
+            status, metrics = train(run)
+            return metrics
+        except BaseException as error:
+            log.say(f"the run ended with {type(error).__name__}: {error}")
+            raise
+        finally:
+            if world.is_main_process:
+                write_text(folder.path / "status.txt", status + "\n")
 
 
 def train(run: Run) -> tuple[str, dict[str, float]]:

@@ -12,7 +12,7 @@ import math
 import os
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,11 +23,8 @@ from albumentations.core.composition import BaseCompose
 from albumentations.core.transforms_interface import BasicTransform
 
 from errors import UserError, nearest
+from samples import Sample, Size
 
-if TYPE_CHECKING:
-    from readers import Sample
-
-Size = tuple[int, int]  # (height, width)
 Range = tuple[float, float]
 
 OFFICIAL_BINARY: list[dict[str, Any]] = [

@@ -22,11 +22,8 @@ from PIL import Image
 
 import dataset
 from dataset import (
-    Batch,
     Dataset,
     EvalSampler,
-    SampleInfo,
-    SampleKey,
     TrainSampler,
     binary_target,
     build_loader,
@@ -42,7 +39,6 @@ from readers import (
     Fault,
     ImageList,
     Reader,
-    Sample,
     check,
     drop,
     fail_on,
@@ -51,6 +47,7 @@ from readers import (
     read_image,
     split,
 )
+from samples import Batch, Sample, SampleInfo, SampleKey
 from tests.conftest import ROOT, SHARED, needs_shared
 from transforms import OFFICIAL_BINARY, Augment, resize
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import checkpoint
-from dataset import Batch, BinaryTarget, SampleInfo
 from loss import BinaryCriterion
 from models.base import Model
+from samples import Batch, BinaryTarget, SampleInfo
 from tests.helpers import TOY, Zygote, difference, draw_set, flags_for, records, zygote_in
 from tests.toy import Toy
 

@@ -18,10 +18,10 @@ from PIL import Image
 
 import inference
 from checkpoint import load_model
-from dataset import SampleInfo
 from errors import UserError, run_command
 from loss import resize
 from readers import Fault, ImageList
+from samples import SampleInfo
 from tasks import get_task
 from tests.conftest import ROOT, SHARED, needs_shared
 from tests.test_golden_birefnet import golden

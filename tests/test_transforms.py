@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 
 import transforms
 from errors import UserError
-from readers import Sample
+from samples import Sample
 from transforms import OFFICIAL_BINARY, STRONG_BINARY, Augment, preview_sheet, resize
 
 SIZE = (72, 96)
