@@ -23,7 +23,7 @@ from utils import choose_precision, join_world
 
 def check_data(config: Config) -> None:
     """`--check_data`: list every fault, or say what there is."""
-    log = Log(None, secret_values(config))
+    log = Log(secret_values(config))
     training, validation = build_readers(config, get_task(config.task), log)
     log.say("the data is in order:\n" + data_table({"training": training, "validation": validation}))
 
@@ -32,7 +32,7 @@ def preview(config: Config) -> None:
     """`--preview`: augmented samples beside their masks, as one picture."""
     from PIL import Image
 
-    log, task = Log(None, secret_values(config)), get_task(config.task)
+    log, task = Log(secret_values(config)), get_task(config.task)
     training, _ = build_readers(config, task, log)
     dataset = Dataset(training, make_target=task.make_target, augment=build_augment(config, task), seed=config.seed)
     size = (config.data.size[1], config.data.size[0])
@@ -49,7 +49,7 @@ def dry_run(config: Config) -> None:
     import resource
 
     world, task = join_world(config.device), get_task(config.task)
-    log = Log(None, secret_values(config))
+    log = Log(secret_values(config))
     log.say(to_yaml(config))
     readers = build_readers(config, task, log)
     model = build_model(config, readers[0], world, log)

@@ -94,8 +94,8 @@ def name_the_run(config: Config, world: World) -> None:
         config.experiment_name = str(world.agree(name))
 
 
-def open_run_folder(config: Config, folder: RunFolder, world: World) -> bool:
-    """Whether the run is resumed; raises `UserError` where a run of this name is in the way."""
+def is_resumed(config: Config, folder: RunFolder, world: World) -> bool:
+    """Whether the run goes on with what is in its folder; raises `UserError` where a run of this name is in the way."""
     there = bool(world.agree(folder.exists()))
     if there and not (config.resume or config.overwrite):
         raise UserError(
@@ -104,19 +104,13 @@ def open_run_folder(config: Config, folder: RunFolder, world: World) -> bool:
         )
     if config.resume == "true" and not there:
         raise UserError(f"there is no run to resume in {folder.path}; --resume auto starts one where there is none")
-    resumed = there and bool(config.resume)
-    if world.is_main_process:
-        if there and not resumed:
-            clear_run(folder.path)
-        folder.sweep()
-        if resumed:
-            check_same_settings(config, folder.path / "config.yml")
-    world.barrier()
-    return resumed
+    if there and config.resume:
+        check_same_settings(config, folder.path / "config.yml")
+    return there and bool(config.resume)
 
 
 def clear_run(path: Path) -> None:
-    """Empty a run folder, but for the lock that is held."""
+    """Empty the folder of a run that is overwritten, but for the lock that is held."""
     for item in path.iterdir():
         if item.is_dir() and not item.is_symlink():
             shutil.rmtree(item)
@@ -188,6 +182,11 @@ def build_run(
     restore(run, resumed)
     run.model = wrap_model(run)
     if world.is_main_process:
+        # Only now, when all else stands: a misspelt path must not cost the run that is overwritten.
+        if not resumed:
+            clear_run(folder.path)
+        folder.sweep()
+        log.open(folder.path / "train.log")
         write_text(folder.path / "config.yml", to_yaml(config))
         run.callbacks = [Console(log, lambda scores: task.color(scores, config.logging)), Records(folder.path),
                          *build_trackers(config.tracking, log), *callbacks]  # fmt: skip

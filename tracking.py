@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from colorama import Fore, Style
 from tqdm import tqdm
@@ -96,11 +96,15 @@ class Callback:
 
 
 class Log:
-    """Says a line on the console (above tqdm's bars) and writes it, uncoloured, to a file. Secrets are cut out."""
+    """Says a line on the console (above tqdm's bars) and writes it, uncoloured, to a file. Secrets are cut out.
 
-    def __init__(self, path: Path | None, secrets: list[str], color: str = "auto", quiet: bool = False) -> None:
+    What is said before `open` waits for it: nothing is written into a run folder until the run is sure to start.
+    """
+
+    def __init__(self, secrets: list[str], color: str = "auto", quiet: bool = False) -> None:
         self.secrets, self.quiet = sorted(secrets, key=len, reverse=True), quiet
-        self.file = open(path, "a", encoding="utf-8", buffering=1) if path else None  # noqa: SIM115 — held by the run
+        self.file: TextIO | None = None
+        self.waiting: list[str] = []
         is_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         self.colored = color == "always" or (color == "auto" and is_terminal)
 
@@ -111,8 +115,16 @@ class Log:
             shown = f"{COLORS[color]}{text}{Style.RESET_ALL}" if self.colored and color else text
             tqdm.write(shown, file=sys.stdout)
             sys.stdout.flush()
+        line = time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n"
         if self.file:
-            self.file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
+            self.file.write(line)
+        else:
+            self.waiting.append(line)
+
+    def open(self, path: Path) -> None:
+        """Append to a file from here on."""
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 — held until the run ends
+        self.file.writelines(self.waiting)
 
     def redact(self, text: str) -> str:
         """`text` without any secret."""

@@ -51,7 +51,7 @@ from config import load as load_config
 from dataset import composition
 from evaluate import evaluate
 from optim import guarded_step
-from run import Run, build_run, name_the_run, open_run_folder, publish
+from run import Run, build_run, is_resumed, name_the_run, publish
 from samples import Batch
 from tasks import get_task
 from tracking import Callback, Log, StepRecord, ValidationRecord
@@ -77,18 +77,17 @@ def main(config: Config, callbacks: list[Callback] | None = None) -> dict[str, f
     task = get_task(config.task)
     name_the_run(config, world)
     folder = RunFolder(Path(config.output_dir) / config.experiment_name)
+    log = Log(secret_values(config), config.logging.color, quiet=not world.is_main_process)
     with ExitStack() as at_the_end:
         at_the_end.callback(leave_world)
+        resumed = is_resumed(config, folder, world)
         if world.is_main_process:
             at_the_end.callback(RunLock(folder.path).release)
-        resumed = open_run_folder(config, folder, world)
-        log = Log(folder.path / "train.log" if world.is_main_process else None, secret_values(config),
-                  config.logging.color, quiet=not world.is_main_process)  # fmt: skip
         at_the_end.callback(log.close)
+        run = build_run(config, world, task, folder, log, resumed, callbacks or [])
+        at_the_end.callback(run.stop.restore)
         status = "failed"
         try:
-            run = build_run(config, world, task, folder, log, resumed, callbacks or [])
-            at_the_end.callback(run.stop.restore)
             status, metrics = train(run)
             return metrics
         except BaseException as error:

@@ -19,6 +19,12 @@ from tasks import binary_color, get_task
 from tracking import Background, Callback, Console, Log, Records, RunInfo, StepRecord, ValidationRecord, step_line
 
 
+def log_to(path: Path, secrets: list[str], color: str = "auto") -> Log:
+    log = Log(secrets, color)
+    log.open(path)
+    return log
+
+
 def record(step: int = 100, **changes: Any) -> StepRecord:
     means = {"loss": 0.234, "bce_accuracy": 0.998, "dice": 0.98, "jaccard": 0.96, "ssim": 0.9, "mae": 0.1}
     last = {"loss": 0.198, "bce_accuracy": 0.999, "dice": 0.981, "jaccard": 0.961, "ssim": 0.901, "mae": 0.2}
@@ -79,7 +85,7 @@ def test_colours_are_for_terminals_and_never_in_the_file(
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
-    log = Log(tmp_path / "train.log", [], color)
+    log = log_to(tmp_path / "train.log", [], color)
     console = Console(log, lambda scores: binary_color(scores, LoggingSettings()))
     console.on_run_start(info(tmp_path))
     console.on_step(record())
@@ -93,7 +99,7 @@ def test_colours_are_for_terminals_and_never_in_the_file(
 
 
 def test_secrets_reach_neither_console_nor_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = Log(tmp_path / "train.log", ["canary", "canary-long"])
+    log = log_to(tmp_path / "train.log", ["canary", "canary-long"])
     log.say("key canary-long and canary; https://canary@host")
     log.close()
     for text in (capsys.readouterr().out, (tmp_path / "train.log").read_text()):
@@ -149,7 +155,7 @@ class Broken(Callback):
 
 
 def test_a_tracker_that_hangs_costs_its_patience_at_the_end_and_nothing_before(tmp_path: Path) -> None:
-    log = Log(tmp_path / "log", [])
+    log = log_to(tmp_path / "log", [])
     tracker = Background(Hanging, "Slow", log, patience_seconds=0.2)
     began = time.monotonic()
     tracker.on_run_start(info(tmp_path))
@@ -162,7 +168,7 @@ def test_a_tracker_that_hangs_costs_its_patience_at_the_end_and_nothing_before(t
 
 
 def test_a_tracker_that_breaks_is_left_and_named(tmp_path: Path) -> None:
-    log = Log(tmp_path / "log", ["canary"])
+    log = log_to(tmp_path / "log", ["canary"])
     tracker = Background(Broken, "Broken", log)
     tracker.on_run_start(info(tmp_path))
     for step in range(20):
@@ -179,7 +185,7 @@ def test_a_tracker_that_cannot_even_start_is_left(tmp_path: Path) -> None:
     def make() -> Callback:
         raise ModuleNotFoundError("No module named 'wandb'")
 
-    log = Log(tmp_path / "log", [])
+    log = log_to(tmp_path / "log", [])
     tracker = Background(make, "W&B", log)
     tracker.on_run_start(info(tmp_path))
     tracker.on_run_end("finished")
@@ -196,7 +202,7 @@ def test_all_that_was_sent_arrives_in_order(tmp_path: Path) -> None:
         def on_run_end(self, status: str) -> None:
             heard.append(status)
 
-    tracker = Background(Listener, "Good", Log(None, []))
+    tracker = Background(Listener, "Good", Log([]))
     for step in range(200):
         tracker.on_step(record(step))
     tracker.on_run_end("finished")
@@ -223,9 +229,9 @@ def test_trackers_are_built_as_asked(tmp_path: Path) -> None:
     from settings import TrackingSettings
 
     settings = TrackingSettings()
-    assert tracking.build_trackers(settings, Log(None, [])) == []
+    assert tracking.build_trackers(settings, Log([])) == []
     settings.tensorboard = settings.wandb.enable = settings.comet.enable = True
-    made = tracking.build_trackers(settings, Log(None, []))
+    made = tracking.build_trackers(settings, Log([]))
     assert [tracker.name for tracker in made if isinstance(tracker, Background)] == [
         "TensorBoard", "Comet ML", "Weights & Biases",
     ]  # fmt: skip

@@ -13,7 +13,6 @@ import yaml
 
 import checkpoint
 import loss
-import train
 from errors import UserError
 from tests.helpers import (
     SMALL,
@@ -398,8 +397,7 @@ def test_a_tracker_that_hangs_or_raises_changes_nothing(
     flags = ["--epochs", "1", "--batch_size", "2"]
     unwatched = go(data, tmp_path, "unwatched", *flags)
     monkeypatch.setattr(
-        train,
-        "build_trackers",
+        "run.build_trackers",
         lambda tracking, log: [Background(Bad, "Bad", log), Background(Hangs, "Hangs", log, patience_seconds=0.1)],
     )
     watched = go(data, tmp_path, "watched", *flags)
