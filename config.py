@@ -87,6 +87,8 @@ VALUE_ALIASES: dict[str, dict[str, str]] = {
     "train.mixed_precision": {
         "16-mixed": "fp16", "16": "fp16", "bf16-mixed": "bf16", "32": "no", "32-true": "no", "false": "no",
     },
+    "train.eval_each_epoch": {"true": "1", "false": "0"},
+    "data.max_samples": {"none": "0"},
     "device": {"gpu": "cuda"},
     "resume": {"path_to_a_pth": "", "none": "", "false": ""},
 }  # fmt: skip
