@@ -7,6 +7,8 @@ this is the only place that sees the `Config`: what it builds takes keyword argu
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from downloads import fetch
 from errors import UserError
 from models import LoadReport, create_criterion, create_model
 from optim import build_optimizer
-from readers import Cached, Reader, check, drop, fail_on, limit, split
+from readers import Cached, Fault, Reader, check, drop, fail_on, limit, split
 from tasks import Task
 from tracking import Log
 from transforms import Augment
@@ -30,7 +32,7 @@ from utils import World, loading_workers
 # ---------------------------------------------------------------- data
 
 
-def build_readers(config: Config, task: Task, log: Log) -> tuple[Reader, Reader | None]:
+def build_readers(config: Config, task: Task, world: World, log: Log) -> tuple[Reader, Reader | None]:
     """(training, validation) readers, every sample decoded once to be sure of it, or a `UserError` with all faults."""
     data = config.data
     root, train_spec, val_spec = data.root or None, data.train, data.val
@@ -42,7 +44,7 @@ def build_readers(config: Config, task: Task, log: Log) -> tuple[Reader, Reader 
     readers = [task.reader(train_spec, root=root)]
     if val_spec:
         readers.append(task.reader(val_spec, root=root, class_names=readers[0].class_names))
-    faults = [check(reader, workers=os.cpu_count() or 1, progress=config.logging.progress) for reader in readers]
+    faults = find_faults(readers, world, config.logging.progress and sys.stderr.isatty())
     if data.on_error == "fail":
         fail_on([fault for found in faults for fault in found])
     else:
@@ -65,6 +67,14 @@ def build_readers(config: Config, task: Task, log: Log) -> tuple[Reader, Reader 
     return limit(training, data.max_samples or None), validation
 
 
+def find_faults(readers: list[Reader], world: World, progress: bool) -> list[list[Fault]]:
+    """What is wrong with each reader's samples; rank 0 looks for all."""
+    found = None
+    if world.is_main_process:
+        found = [check(reader, workers=os.cpu_count() or 1, progress=progress) for reader in readers]
+    return world.agree(found)
+
+
 def data_table(readers: dict[str, Reader | None]) -> str:
     """Which data sets a run reads, with sample counts and weights."""
     lines = []
@@ -77,11 +87,18 @@ def data_table(readers: dict[str, Reader | None]) -> str:
 def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reader, Reader | None], stride: int) -> Any:
     """(training loader, validation loader or None)."""
     training, validation = readers
+    check_size(config, stride)
     data, size = config.data, (config.data.size[1], config.data.size[0])
     if data.load_all:
         path = world.agree(f"{os.environ.get('TMPDIR', '/tmp')}/maskwright-{os.getpid()}")
-        training = Cached(training, path=str(path), size=None if data.dynamic_size else size,
-                          write=world.local_rank == 0, barrier=world.barrier)  # fmt: skip
+        training = Cached(
+            training,
+            path=str(path),
+            size=None if data.dynamic_size else size,
+            write=world.local_rank == 0,
+            barrier=world.barrier,
+            progress=config.logging.progress and sys.stderr.isatty(),
+        )
     ranges = data.dynamic_size
     sampler = TrainSampler(
         training,
@@ -106,6 +123,14 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
         pin=world.device.type == "cuda",
     )
     return train_loader, None if validation is None else build_eval_loader(validation, task, config, world)
+
+
+def check_size(config: Config, stride: int) -> None:
+    """The model takes sides that are multiples of its stride; raises `UserError` for others."""
+    if any(side % stride for side in config.data.size):
+        raise UserError(
+            f"data.size is {config.data.size}, but {config.model.family} needs sides that are multiples of {stride}"
+        )
 
 
 def build_eval_loader(reader: Reader, task: Task, config: Config, world: World) -> Any:
@@ -138,11 +163,11 @@ def build_augment(config: Config, task: Task) -> Augment:
 # ---------------------------------------------------------------- model, criterion, optimizer
 
 
-def build_model(config: Config, reader: Reader, world: World, log: Log) -> Any:
-    """The model on its device, from random, published or given weights."""
+def build_model(config: Config, world: World, log: Log, pretrained: bool = True) -> Any:
+    """The model on its device, from random, published or given weights; a resumed run needs no `pretrained` ones."""
     model: Any = create_model(config.model.family, **model_settings(config))
-    if config.model.pretrained != "none":
-        load_pretrained(model, config.model.pretrained, log)
+    if pretrained and config.model.pretrained != "none":
+        load_pretrained(model, config.model.pretrained, world, log)
     if config.optimizer.freeze:
         model.freeze(config.optimizer.freeze)
     if config.train.activation_checkpointing:
@@ -156,13 +181,29 @@ def build_model(config: Config, reader: Reader, world: World, log: Log) -> Any:
     return model.to(world.device)
 
 
-def load_pretrained(model: Any, pretrained: str, log: Log) -> None:
+def check_classes(config: Config, class_names: Sequence[str]) -> None:
+    """An auxiliary head needs a loss and room for the classes that the file names hold; raises `UserError`."""
+    classes = getattr(config.model, "auxiliary_classes", 0)
+    if classes and not config.loss.weights.get("class"):
+        raise UserError("model.auxiliary_classes needs a loss to train its head: set loss.weights.class (officially 5)")
+    if classes and len(class_names) > classes:
+        raise UserError(
+            f"the training data names {len(class_names)} classes, but model.auxiliary_classes is {classes}: raise it"
+        )
+
+
+def load_pretrained(model: Any, pretrained: str, world: World, log: Log) -> None:
     """Start from `backbone` or `official` weights, a file, or a repository; says what was loaded and what was not."""
     address = model.published_weights().get(pretrained, pretrained)
     if address in ("backbone", "official"):
         raise UserError(f"no {address} weights are published for these settings: name a file as model.pretrained")
-    is_remote = address.startswith(("hf-hub:", "https://"))
-    content = load_weights(fetch(address) if is_remote else Path(address))
+    file = Path(address)
+    if address.startswith(("hf-hub:", "https://")):
+        if world.local_rank == 0:  # one download for the machine
+            file = fetch(address)
+        world.barrier()
+        file = fetch(address)
+    content = load_weights(file)
     report = model.load_encoder(content) if pretrained == "backbone" else load_any(model, content)
     log.say(f"weights from {address}: {report.summary()}")
     if not report.loaded:

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from errors import UserError
 
 MARK = b"MASKWR01"
 TRAILER = len(MARK) + hashlib.sha256().digest_size
 TEMPORARY = ".partial"
+RUN_FILES = ("config.yml", "train.log", "metrics.jsonl", "metrics.csv", "status.txt")
+RUN_FOLDERS = ("tensorboard", "comet", "wandb")
 
 
 class CheckpointError(UserError):
@@ -173,6 +174,18 @@ class RunFolder:
         """Whether the folder holds a run."""
         return (self.path / "config.yml").exists() or any(self.path.glob("*.pth"))
 
+    def is_occupied(self) -> bool:
+        """Whether the folder holds anything but a lock."""
+        return self.path.is_dir() and any(item.name != ".lock" for item in self.path.iterdir())
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else that lies in its folder."""
+        for item in self.path.iterdir():
+            if item.is_dir() and not item.is_symlink() and item.name in RUN_FOLDERS:
+                shutil.rmtree(item)
+            elif item.suffix == ".pth" or item.name in RUN_FILES:
+                item.unlink()
+
     def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
         """(file, payload, sentences about damaged ones) of the newest intact checkpoint, or None without any."""
         damaged: list[str] = []
@@ -296,11 +309,6 @@ def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
             raise CheckpointError(f"{file} does not fit {family}: {report.summary()}")
         meta = {"family": family, "settings": settings, "task": "binary", "size": None, "experiment_name": file.stem}
     return model.eval(), meta
-
-
-def to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict on the host, detached from what training will change next."""
-    return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
 
 
 # ---------------------------------------------------------------- the state of a run

@@ -52,7 +52,7 @@ ALIASES = {
     "steps_per_validation": "train.steps_per_validation",
     "eval_each_epoch": "train.eval_each_epoch",
     "resume_start_with_eval": "train.resume_start_with_eval",
-    "resume_weights_path": "resume",
+    "resume_weights_path": "model.pretrained",
     "save_last": "checkpoint.save_last",
     "save_step": "checkpoint.save_step",
     "log_frequency": "logging.log_frequency",
@@ -90,7 +90,8 @@ VALUE_ALIASES: dict[str, dict[str, str]] = {
     "train.eval_each_epoch": {"true": "1", "false": "0"},
     "data.max_samples": {"none": "0"},
     "device": {"gpu": "cuda"},
-    "resume": {"path_to_a_pth": "", "none": "", "false": ""},
+    "resume": {"none": "", "false": ""},
+    "model.pretrained": {"path_to_a_pth": "none", "": "none"},
 }  # fmt: skip
 
 
@@ -197,8 +198,8 @@ def _untyped(value: Any) -> Any:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
+    if isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _numbers(item)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
@@ -263,8 +264,9 @@ def read_yaml(path: Path) -> dict:
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML: {detail}") from None
+        # Not the offending line itself: it may hold a key.
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
+        raise UserError(f"{path} is not valid YAML{f', line {mark.line + 1}' if mark else ''}: {problem}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -274,21 +276,26 @@ def read_yaml(path: Path) -> dict:
 
 def file_layer(path: Path, known: dict[str, Key]) -> dict[str, Value]:
     """The keys that one YAML file sets."""
+    return mapping_layer(read_yaml(path), str(path), path.resolve().parent, known)
+
+
+def mapping_layer(mapping: dict, source: str, folder: Path, known: dict[str, Key]) -> dict[str, Value]:
+    """The keys that nested mappings set."""
     layer: dict[str, Value] = {}
 
     def walk(mapping: dict, prefix: str) -> None:
         for name, raw in mapping.items():
-            key = resolve_name(prefix + str(name), known, str(path))
+            key = resolve_name(prefix + str(name), known, source)
             if isinstance(key, Key):
                 if key.path in layer:
-                    raise UserError(f"{prefix}{name} (from {path}) sets {key.path}, which stands there already")
-                layer[key.path] = Value(raw, str(path), path.resolve().parent)
+                    raise UserError(f"{prefix}{name} (from {source}) sets {key.path}, which stands there already")
+                layer[key.path] = Value(raw, source, folder)
             elif key == "section":
                 if not isinstance(raw, dict | None):
-                    raise UserError(f"{prefix}{name} (from {path}) is a section and must hold a mapping, not {raw!r}")
+                    raise UserError(f"{prefix}{name} (from {source}) is a section and must hold a mapping of its keys")
                 walk(raw or {}, f"{prefix}{name}.")
 
-    walk(read_yaml(path), "")
+    walk(mapping, "")
     return layer
 
 
@@ -298,13 +305,21 @@ def resolve_name(name: str, known: dict[str, Key], source: str) -> Key | Literal
     if plain in LAUNCH_FLAGS:
         return "launch"
     path = plain if plain in known else ALIASES.get(plain, plain)
-    if path in known:
-        return known[path]
-    if any(key.startswith(path + ".") for key in known):
+    if (key := find_key(path, known)) is not None:
+        return key
+    if any(name.startswith(path + ".") for name in known):
         return "section"
     sections = {key.rpartition(".")[0] for key in known} - {""}
     names = [*known, *sorted(sections), *(alias for alias, target in ALIASES.items() if target in known)]
     raise UserError(f"unknown key {name} (from {source}){nearest(plain, names)}")
+
+
+def find_key(path: str, known: dict[str, Key]) -> Key | None:
+    """A key by its path; an entry of a mapping counts as one: `loss.weights.iou`."""
+    parent = known.get(path.rpartition(".")[0])
+    if path not in known and parent is not None and get_origin(parent.hint) is dict:
+        return Key(path, get_args(parent.hint)[1], parent.metadata, None)
+    return known.get(path)
 
 
 def flag_layer(arguments: list[str], known: dict[str, Key]) -> dict[str, Value]:
@@ -349,7 +364,10 @@ def launcher_layer() -> dict[str, Value]:
     """What `accelerate launch --mixed_precision X` says; its other variables are those of torchrun."""
     name = "ACCELERATE_MIXED_PRECISION"
     said = os.environ.get(name)
-    return {"train.mixed_precision": Value(said, f"environment variable {name}", Path.cwd())} if said else {}
+    # Without the flag it says "no", which is its default and nobody's wish.
+    if said in (None, "no"):
+        return {}
+    return {"train.mixed_precision": Value(said, f"environment variable {name}", Path.cwd())}
 
 
 def _is_flag(text: str) -> bool:
@@ -382,40 +400,44 @@ def config_vars_path() -> Path:
     return local if local.is_file() else ROOT / "config_vars.yml"
 
 
-def load(flags: list[str], presets: list[str] | None = None) -> Config:
+def load(flags: list[str], presets: list[str] | None = None, saved: dict | None = None) -> Config:
     """The configuration of a run from preset names or files and flags; raises `UserError` for anything wrong.
 
-    `flags` may also name presets with `--config A B`. A run that is resumed starts from its own saved configuration,
-    so `--experiment_name X --resume` says enough.
+    `flags` may also name presets with `--config A B`. `saved` is the configuration of an earlier run to start from; a
+    run that is resumed finds its own, so `--experiment_name X --resume` says enough.
     """
     named, flags = take_values(flags, "config")
     paths = [preset_path(name) for name in [*(presets or []), *named]]
-    config = merge(paths, flags)
+    config = merge(paths, flags, saved)
     snapshot = Path(config.output_dir) / config.experiment_name / "config.yml"
-    if config.resume in ("true", "auto") and config.experiment_name and snapshot.is_file():
-        config = merge([snapshot, *paths], flags)
+    if saved is None and config.resume in ("true", "auto") and config.experiment_name and snapshot.is_file():
+        place = config.output_dir, config.experiment_name
+        config = merge(paths, flags, read_yaml(snapshot))
+        config.output_dir, config.experiment_name = place
     cross_check(config)
     return config
 
 
-def merge(paths: list[Path], flags: list[str]) -> Config:
+def merge(paths: list[Path], flags: list[str], saved: dict | None = None) -> Config:
     """The layers in their order of precedence, made one."""
     own = [config_vars_path()] if config_vars_path().is_file() else []
-    family = chosen_family([*paths, *own], flags)
+    family = chosen_family([*paths, *own], flags, saved)
     known = known_keys(family)
-    layers = [file_layer(path, known) for path in paths]
+    layers = [mapping_layer(saved or {}, "the run's own configuration", Path.cwd(), known)]
+    layers += [file_layer(path, known) for path in paths]
     layers += [launcher_layer(), *(file_layer(path, known) for path in own), flag_layer(flags, known)]
     values = {key: value for layer in layers for key, value in layer.items()}
-    if not any(values[key].raw for key in ("data.root", "data.train", "data.val", "data.test") if key in values):
+    names_data = any(values[key].raw for key in ("data.root", "data.train", "data.val", "data.test") if key in values)
+    if not (paths or saved or names_data):
         values = file_layer(ROOT / "configs" / f"{family}_demo.yml", known) | values
     return build(values, known)
 
 
-def chosen_family(paths: list[Path], flags: list[str]) -> str:
+def chosen_family(paths: list[Path], flags: list[str], saved: dict | None) -> str:
     """The family is needed before its settings can be read: the last one to name it wins."""
     family = "birefnet"
-    for path in paths:
-        model = read_yaml(path).get("model")
+    for mapping in (saved or {}, *map(read_yaml, paths)):
+        model = mapping.get("model")
         if isinstance(model, dict):
             family = str(model.get("family", family))
     for position, flag in enumerate(flags):
@@ -445,8 +467,10 @@ def build(values: dict[str, Value], known: dict[str, Key]) -> Config:
 def apply(config: Any, values: dict[str, Value], known: dict[str, Key]) -> None:
     """Check raw values and write them into `config`."""
     for path, value in values.items():
-        result = check_value(known[path], value.raw, value.source)
-        set_value(config, path, resolve_paths(result, known[path].metadata.get("path"), value.folder))
+        key = find_key(path, known)
+        assert key is not None, path
+        result = check_value(key, value.raw, value.source)
+        set_value(config, path, resolve_paths(result, key.metadata.get("path"), value.folder))
 
 
 def resolve_paths(value: Any, kind: str | None, folder: Path) -> Any:
@@ -474,7 +498,10 @@ def set_value(config: Any, path: str, value: Any) -> None:
     *sections, leaf = path.split(".")
     for section in sections:
         config = getattr(config, section)
-    setattr(config, leaf, value)
+    if isinstance(config, dict):
+        config[leaf] = value
+    else:
+        setattr(config, leaf, value)
 
 
 def get_value(config: Any, path: str) -> Any:
@@ -490,8 +517,6 @@ def cross_check(config: Config) -> None:
     config.data.size = size * 2 if len(size) == 1 else size
     if len(config.data.size) != 2:
         raise UserError(f"data.size is {size}, but must be [width, height]")
-    if any(side % 32 for side in config.data.size):
-        raise UserError(f"data.size is {config.data.size}, but both sides must be multiples of 32")
     ranges = config.data.dynamic_size
     if ranges is not None and (len(ranges) != 2 or any(len(r) != 2 or r[0] > r[1] for r in ranges)):
         raise UserError(
@@ -517,14 +542,19 @@ def cross_check(config: Config) -> None:
 # ---------------------------------------------------------------- the configuration, written down
 
 
-def as_dict(config: Any, secrets: bool = False) -> dict:
-    """Nested plain values; without `secrets` the keys that hold one are left out."""
+def is_saved(item: dataclasses.Field) -> bool:
+    """Whether a field belongs to the run rather than to its owner or to one start of it."""
+    return not (item.metadata.get("secret") or item.metadata.get("transient"))
+
+
+def as_dict(config: Any) -> dict:
+    """Nested plain values of what is saved: no secrets."""
     result = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            result[item.name] = as_dict(value, secrets)
-        elif secrets or not item.metadata.get("secret"):
+            result[item.name] = as_dict(value)
+        elif is_saved(item):
             result[item.name] = value
     return result
 
@@ -549,7 +579,7 @@ def to_yaml(config: Config, documented: bool = False) -> str:
             if dataclasses.is_dataclass(value):
                 lines.append(f"{indent}{item.name}:")
                 write(value, indent + "  ")
-            elif not item.metadata.get("secret"):
+            elif is_saved(item):
                 text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
                 lines.append(f"{indent}{item.name}: {text}  # {item.metadata['doc']}")
 
@@ -564,19 +594,7 @@ def from_dict(values: dict, source: str) -> Config:
     if family not in FAMILY_SETTINGS:
         raise UserError(f"{source} was made with the unknown model family {family!r}")
     known = known_keys(family)
-    flat: dict[str, Value] = {}
-
-    def walk(mapping: dict, prefix: str) -> None:
-        for name, raw in mapping.items():
-            if prefix + name in known:
-                flat[prefix + name] = Value(raw, source, Path.cwd())
-            elif isinstance(raw, dict):
-                walk(raw, f"{prefix}{name}.")
-            else:
-                raise UserError(f"unknown key {prefix}{name} (from {source}){nearest(prefix + name, known)}")
-
-    walk(values, "")
-    return build(flat, known)
+    return build(mapping_layer(values, source, Path.cwd(), known), known)
 
 
 def differences(old: Config, new: Config, frozen_only: bool = False) -> list[str]:
@@ -586,7 +604,8 @@ def differences(old: Config, new: Config, frozen_only: bool = False) -> list[str
     lines = []
     for key in known_keys(new.model.family).values():
         before, after = get_value(old, key.path), get_value(new, key.path)
-        if before != after and not key.metadata.get("secret") and not (frozen_only and key.metadata.get("volatile")):
+        passing = any(key.metadata.get(word) for word in ("secret", "transient"))
+        if before != after and not passing and not (frozen_only and key.metadata.get("volatile")):
             lines.append(f"{key.path}: {before} -> {after}")
     return lines
 
@@ -639,14 +658,6 @@ def take_values(arguments: list[str], *names: str) -> tuple[list[str], list[str]
         else:
             (values if taking else rest).append(argument)
     return values, rest
-
-
-def apply_flags(config: Config, flags: list[str]) -> Config:
-    """`config` with what the flags change, checked; for commands that start from a run's own settings."""
-    known = known_keys(config.model.family)
-    apply(config, flag_layer(flags, known), known)
-    cross_check(config)
-    return config
 
 
 def parse_options(options: type[T], arguments: list[str]) -> T:

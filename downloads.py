@@ -8,6 +8,7 @@ checked at each later use.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -51,12 +52,16 @@ def _fetch_from_hub(repository: str) -> Path:
 def _fetch_file(address: str) -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / address.rpartition("/")[2]
+    # Another address may end in the same name.
+    place = hashlib.sha256(address.encode()).hexdigest()[:8]
+    file = folder / f"{place}-{address.rpartition('/')[2]}"
     note = file.with_name(file.name + ".sha256")
     if not file.exists():
-        named = re.search(r"-([a-f0-9]{8,})\.", file.name)
-        torch.hub.download_url_to_file(address, str(file), hash_prefix=named[1] if named else None)
-        note.write_text(_sha256(file))
+        partial = file.with_name(f"{file.name}.{os.getpid()}")
+        named = re.search(r"-([a-f0-9]{8,})\.\w+$", address)
+        torch.hub.download_url_to_file(address, str(partial), hash_prefix=named[1] if named else None)
+        note.write_text(_sha256(partial))
+        os.replace(partial, file)
     if note.exists() and note.read_text() != _sha256(file):
         raise UserError(f"{file} is no longer what was downloaded: delete it, and it is fetched again")
     return file

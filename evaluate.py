@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 
@@ -30,9 +31,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from build import build_eval_loader
+from build import build_eval_loader, check_size
 from checkpoint import load_model
-from config import Config, apply_flags, from_dict, take_values
+from config import Config, take_values
 from config import load as load_config
 from predict import predict
 from readers import Fault, Reader, check, drop, fail_on, limit
@@ -57,11 +58,13 @@ def evaluate(
     The metric's rows are those of all ranks afterwards. The model is left in evaluation mode.
     """
     model.eval()
-    for batch in tqdm(loader, desc="validation", leave=False, disable=not progress or not world.is_main_process):
+    bar = tqdm(loader, desc="validation", leave=False, disable=not progress or not world.is_main_process)
+    for batch in bar:
         batch = batch.to(world.device)
         with precision.autocast():
             predictions = predict(model, batch, tta)
         metric.update(predictions, batch)
+        bar.set_postfix({metric.primary: f"{metric.compute()[metric.primary]:.3f}"}, refresh=False)
     metric.reduce()
     return metric
 
@@ -89,6 +92,7 @@ def score_checkpoint(path: Path, flags: list[str], world: World, faults: FaultsO
     config = settings_for(meta, path, flags)
     progress = config.logging.progress and sys.stderr.isatty()
     task = get_task(meta["task"])
+    check_size(config, model.stride)
     reader = read_test_sets(config, meta, task, {} if faults is None else faults, progress)
     loader = build_eval_loader(reader, task, config, world)
     metric = evaluate(
@@ -109,11 +113,10 @@ def settings_for(meta: dict[str, Any], path: Path, flags: list[str]) -> Config:
     """The settings to score a checkpoint with. What bounded the run's own validation does not bound a test."""
     is_run = "config" in meta
     if is_run:
-        config = from_dict(meta["config"], str(path))
-        config.data.size = list(meta["size"])
-        config.train.batch_size = config.evaluation.batch_size or config.train.batch_size
-        config.evaluation.batch_size = config.train.test_limit = 0
-        config = apply_flags(config, flags)
+        saved = copy.deepcopy(meta["config"])
+        saved["train"]["batch_size"] = saved["evaluation"]["batch_size"] or saved["train"]["batch_size"]
+        saved["evaluation"]["batch_size"] = saved["train"]["test_limit"] = 0
+        config = load_config(flags, saved=saved)
     else:
         config = load_config(flags)
     if not (config.data.test or config.data.val or (is_run and config.is_demo)):
@@ -162,8 +165,8 @@ def command() -> None:
     paths, flags = take_values([word for word in sys.argv[1:] if word != "--debug"], "checkpoint")
     if not paths:
         raise UserError("name at least one checkpoint: --checkpoint runs/my_run")
-    _, settings = take_values(flags, "config")
-    world = join_world(apply_flags(Config(), settings).device)
+    config = load_config(flags)
+    world = join_world(config.device, config.distributed.timeout_minutes)
     faults: FaultsOf = {}
     try:
         scores = [score for path in paths for score in score_checkpoint(Path(path), flags, world, faults)]

@@ -106,7 +106,7 @@ class BinaryMetric:
             self.rows.append(Row(sample.dataset, sample.sample_id, sample.path, row_scores))
 
     def reduce(self) -> None:
-        """Bring the rows of all ranks to every rank, each sample once (samplers pad), by dataset and sample id."""
+        """Bring the rows of all ranks to every rank, each sample once , by dataset and sample id."""
         rows = self.rows
         if dist.is_available() and dist.is_initialized():
             gathered: list[list[Row]] = [[] for _ in range(dist.get_world_size())]

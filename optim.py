@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, nearest
+from utils import is_better
 
 TORCH_OPTIMIZERS = ("adamw", "adam", "sgd")
 
@@ -42,7 +43,11 @@ def build_optimizer(
     known = [str(each) for each in timm.optim.list_optimizers()]
     if timm_name.removeprefix("lookahead_") not in known:
         raise UserError(f"optimizer.name is {name!r}, which is unknown{nearest(name, [*TORCH_OPTIMIZERS, *known])}")
-    return timm.optim.create_optimizer_v2(groups, opt=timm_name, lr=lr, weight_decay=weight_decay)
+    about = timm.optim.get_optimizer_info(timm_name.removeprefix("lookahead_"))
+    options: dict[str, Any] = {"betas": (betas[0], betas[1])} if about.has_betas and about.num_betas == 2 else {}
+    if about.has_momentum:
+        options["momentum"] = momentum
+    return timm.optim.create_optimizer_v2(groups, opt=timm_name, lr=lr, weight_decay=weight_decay, **options)
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
@@ -110,8 +115,7 @@ class Schedule:
 
     def on_validation(self, value: float, higher_is_better: bool) -> None:
         """Plateau: multiply by gamma after `patience` validations without improvement."""
-        best = self.plateau["best"]
-        if best is None or (value > best if higher_is_better else value < best):
+        if is_better(value, self.plateau["best"], higher_is_better):
             self.plateau.update(best=value, waited=0)
         else:
             self.plateau["waited"] += 1

@@ -6,7 +6,7 @@ Apart from train.py so that the loop can be read without the building.
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from inspect import signature
@@ -24,6 +24,7 @@ from build import (
     build_model,
     build_optimizer_for,
     build_readers,
+    check_classes,
     data_table,
     load_pretrained,
 )
@@ -75,12 +76,18 @@ class Run:
     best_metric: str
     drop_path: float  # of the deepest block
     stopping: bool = False
+    bar: Any = None  # of the epochs
     last_save: float = field(default_factory=time.monotonic)
     last_line: tuple[float, int] = (0.0, 0)
 
     @property
     def steps_per_epoch(self) -> int:
         return self.train_loader.batch_sampler.steps_per_epoch
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs the run has, the last of which may be cut short by `max_steps`."""
+        return -(-self.total_steps // self.steps_per_epoch)
 
 
 # ---------------------------------------------------------------- the run folder
@@ -90,32 +97,27 @@ def name_the_run(config: Config, world: World) -> None:
     """Without a name a run is called `<family>_<dataset>_<time>`."""
     if not config.experiment_name:
         dataset = "demo" if config.is_demo else Path((config.data.train or config.data.root).split("+")[0]).name
-        name = f"{config.model.family}_{dataset}_{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{config.model.family}_{re.sub(r'[^-+.=@A-Za-z0-9_]', '-', dataset)}_{time.strftime('%Y%m%d-%H%M%S')}"
         config.experiment_name = str(world.agree(name))
 
 
 def is_resumed(config: Config, folder: RunFolder, world: World) -> bool:
     """Whether the run goes on with what is in its folder; raises `UserError` where a run of this name is in the way."""
     there = bool(world.agree(folder.exists()))
-    if there and not (config.resume or config.overwrite):
+    is_own = bool(config.resume) and Path(config.resume).resolve().parent == folder.path.resolve()
+    resumed = there and (config.resume in ("true", "auto") or is_own)
+    if there and not (resumed or config.overwrite):
         raise UserError(
             f"the run {folder.path} exists already: continue it with --resume, replace it with --overwrite, "
             "or choose another --experiment_name"
         )
     if config.resume == "true" and not there:
         raise UserError(f"there is no run to resume in {folder.path}; --resume auto starts one where there is none")
-    if there and config.resume:
+    if world.agree(not there and folder.is_occupied()):
+        raise UserError(f"the folder {folder.path} holds files that are no run: choose another --experiment_name")
+    if resumed:
         check_same_settings(config, folder.path / "config.yml")
-    return there and bool(config.resume)
-
-
-def clear_run(path: Path) -> None:
-    """Empty the folder of a run that is overwritten, but for the lock that is held."""
-    for item in path.iterdir():
-        if item.is_dir() and not item.is_symlink():
-            shutil.rmtree(item)
-        elif item.name != ".lock":
-            item.unlink()
+    return resumed
 
 
 def check_same_settings(config: Config, snapshot: Path) -> None:
@@ -144,8 +146,9 @@ def build_run(
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("high")
-    readers = build_readers(config, task, log)
-    raw_model = build_model(config, readers[0], world, log)
+    readers = build_readers(config, task, world, log)
+    check_classes(config, readers[0].class_names)
+    raw_model = build_model(config, world, log, pretrained=not resumed)
     train_loader, val_loader = build_loaders(config, task, world, readers, raw_model.stride)
     steps_per_epoch = train_loader.batch_sampler.steps_per_epoch
     total_steps = config.train.max_steps or config.train.epochs * steps_per_epoch
@@ -184,13 +187,13 @@ def build_run(
     if world.is_main_process:
         # Only now, when all else stands: a misspelt path must not cost the run that is overwritten.
         if not resumed:
-            clear_run(folder.path)
+            folder.clear()
         folder.sweep()
         log.open(folder.path / "train.log")
         write_text(folder.path / "config.yml", to_yaml(config))
         run.callbacks = [Console(log, lambda scores: task.color(scores, config.logging)), Records(folder.path),
                          *build_trackers(config.tracking, log), *callbacks]  # fmt: skip
-        info = RunInfo(folder.name, folder.path, as_dict(config), resumed, run.state.records, task)
+        info = RunInfo(folder.name, folder.path, as_dict(config), resumed, run.state.records, run.state.step, task)
         for callback in run.callbacks:
             callback.on_run_start(info)
         say_what_runs(run, {"training": readers[0], "validation": readers[1]})
@@ -256,7 +259,7 @@ def restore(run: Run, resumed: bool) -> None:
         content = load_weights(file)
         if "state" not in content:
             run.log.say(f"{file} holds weights only, so training starts from them at step 0")
-            load_pretrained(run.raw_model, wanted, run.log)
+            load_pretrained(run.raw_model, wanted, run.world, run.log)
             if run.ema:
                 run.ema.module.load_state_dict(run.raw_model.state_dict())
             return
@@ -275,21 +278,35 @@ def load_state(run: Run, content: dict[str, Any], file: Path) -> None:
     try:
         run.raw_model.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
-        if run.ema and content["ema"]:
-            run.ema.module.load_state_dict(content["ema"])
+        if run.ema:
+            run.ema.module.load_state_dict(content["ema"] or content["model"])
+        if run.scaler.is_enabled() and content["scaler"]:
+            run.scaler.load_state_dict(content["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{file} does not fit this run's model and optimizer: {reason}") from None
     run.schedule.load_state_dict(content["scheduler"])
-    run.scaler.load_state_dict(content["scaler"])
     torch.set_rng_state(content["rng"])
     run.state = RunState(**content["state"])
     run.meter = Meter.restore(run.state.meter)
+    if content["world_size"] != run.world.size:
+        rescale_position(run, content["micro_steps_per_epoch"])
     position = f"epoch {run.state.epoch + 1}, step {run.state.step}"
     run.log.say(f"resumed from {file.name} at {position}")
     if content["world_size"] != run.world.size:
         run.log.say(f"the run had {content['world_size']} processes and now has {run.world.size}: "
                     "it goes on, but not bit by bit as it would have")  # fmt: skip
+
+
+def rescale_position(run: Run, micro_steps_before: int) -> None:
+    """With another number of processes an epoch has another number of steps: keep the place in the data."""
+    state, accumulation = run.state, run.config.train.grad_accum_steps
+    done = state.micro_step / micro_steps_before
+    state.micro_step = round(done * run.steps_per_epoch) * accumulation
+    if not run.config.train.max_steps:
+        skipped = state.skipped / max(1, state.step)
+        state.step = state.epoch * run.steps_per_epoch + state.micro_step // accumulation
+        state.skipped = round(skipped * state.step)
 
 
 def publish(run: Run) -> None:

@@ -69,7 +69,7 @@ class BinaryTarget:
 class Batch:
     """What models, criteria and metrics are given."""
 
-    images: Tensor  # (B, 3, H, W) float32, ImageNet-normalised
+    images: Tensor  # (B, 3, H, W) float32, normalised
     targets: Any  # `Targets` of the task, or None at inference
     samples: list[SampleInfo]
 

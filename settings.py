@@ -14,7 +14,8 @@ def setting(default: Any, doc: str, **limits: Any) -> Any:
     """A documented field.
 
     `limits`: min, max, pattern, path ("file", "file?" where it may be a word, or "spec"), secret, volatile (may change
-    when a run resumes), verbatim (a list of words as the shell gave them: commas and stars belong to them).
+    when a run resumes), transient (of one start, not of the run: never saved), verbatim (a list of words as the shell
+    gave them: commas and stars belong to them).
     """
     metadata = {"doc": doc, **limits}
     if isinstance(default, (list, dict)):
@@ -98,7 +99,7 @@ class DataSettings:
 class LossSettings:
     """The terms of the criterion."""
 
-    weights: dict[str, float] = setting(BINARY_LOSSES, "weight of each term by name")
+    weights: dict[str, float] = setting(BINARY_LOSSES, "weight of each term by name", min=0)
     iou_reduction: Literal["mean", "sum"] = setting("mean", "IoU over a batch; sum: as the official code")
     iou_smooth: float = setting(1.0, "added to both sides of the IoU ratio; 0: as the official code", min=0)
     structure_on: Literal["logits", "probabilities"] = setting(
@@ -106,7 +107,7 @@ class LossSettings:
     )
     patch_iou: Literal["all", "corner"] = setting("all", "patch IoU windows; corner: the official first one alone")
     last_epochs: int = setting(0, "the last so many epochs use last_epochs_factors", min=0)
-    last_epochs_factors: dict[str, float] = setting({}, "factor of each term's weight in the last epochs")
+    last_epochs_factors: dict[str, float] = setting({}, "factor of each term's weight in the last epochs", min=0)
 
 
 @dataclass
@@ -134,7 +135,7 @@ class SchedulerSettings:
     warmup_steps: int = setting(0, "linear warm-up, in steps", min=0)
     min_factor: float = setting(0.0, "floor as a factor of the peak", min=0, max=1)
     power: float = setting(0.9, "power of poly", min=0)
-    epochs: list[float] = setting([30], "step: period in epochs; multistep: the milestones", min=0)
+    epochs: list[float] = setting([30], "step: period in epochs; multistep: the milestones", min=1)
     gamma: float = setting(0.1, "factor of step, multistep, plateau; per epoch for exponential", min=0, max=1)
     patience: int = setting(3, "plateau: validations without improvement", min=0)
 
@@ -159,9 +160,11 @@ class TrainSettings:
     freeze_bn: bool = setting(False, "keep batch-norm statistics as they are")
     ema_decay: float = setting(0.0, "decay of the averaged weights; 0: none", min=0, max=1)
     drop_path_schedule: Literal["constant", "linear"] = setting("constant", "linear: stochastic depth grows from zero")
-    eval_each_epoch: float = setting(1, "validate every so many epochs; 0: never", min=0)
+    eval_each_epoch: int = setting(1, "validate every so many epochs; 0: never", min=0)
     steps_per_validation: int = setting(0, "validate every so many steps instead; 0: by epochs", min=0)
-    resume_start_with_eval: bool = setting(False, "validate before the first step after a resume", volatile=True)
+    resume_start_with_eval: bool = setting(
+        False, "validate before the first step of a run that resumes or starts from weights", volatile=True
+    )
     test_limit: int = setting(0, "validate on at most so many samples; 0: all", min=0)
     early_stopping: bool = setting(False, "stop when the monitored metric no longer improves", volatile=True)
     patience: int = setting(10, "validations without improvement before stopping", min=1, volatile=True)
@@ -246,9 +249,9 @@ class Config:
     experiment_name: str = setting("", "name of the run and its folder; empty: family_dataset_time", volatile=True)
     output_dir: str = setting("runs", "folder of all runs", path="file", volatile=True)
     resume: str = setting(
-        "", "true: continue the run; auto: only if there is one; or a checkpoint", path="file?", volatile=True
+        "", "true: continue the run; auto: only if there is one; or a checkpoint", path="file?", transient=True
     )
-    overwrite: bool = setting(False, "replace an existing run of this name", volatile=True)
+    overwrite: bool = setting(False, "replace an existing run of this name", transient=True)
     task: Literal["binary"] = setting("binary", "what is segmented")
     seed: int = setting(7, "seed of everything random", min=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d+)?", volatile=True)

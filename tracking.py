@@ -41,6 +41,7 @@ class RunInfo:
     config: dict[str, Any]
     resumed: bool
     records: int
+    step: int = 0
     task: Any = None
 
 
@@ -89,7 +90,7 @@ class Callback:
         """After every validation."""
 
     def on_run_end(self, status: str) -> None:
-        """At the end: finished, stopped, or failed."""
+        """At the end, however it comes: finished, stopped …, or failed."""
 
 
 # ---------------------------------------------------------------- the log
@@ -186,14 +187,12 @@ class Records(Callback):
 
     def __init__(self, run_dir: Path) -> None:
         self.jsonl, self.csv = run_dir / "metrics.jsonl", run_dir / "metrics.csv"
-        self.count = 0
 
     def on_run_start(self, run: RunInfo) -> None:
         """Cut the records back to those the checkpoint knows, so that none stands twice after a crash."""
         lines = self.jsonl.read_text(encoding="utf-8").splitlines() if run.resumed and self.jsonl.exists() else []
         kept = lines[: run.records]
         write_text(self.jsonl, "".join(line + "\n" for line in kept))
-        self.count = len(kept)
 
     def on_step(self, record: StepRecord) -> None:
         values = {f"train/{name}": value for name, value in record.last.items()}
@@ -215,7 +214,6 @@ class Records(Callback):
         plain = {key: _finite(value) for key, value in row.items()}
         with open(self.jsonl, "a", encoding="utf-8") as file:
             file.write(json.dumps({**plain, "time": round(time.time(), 3)}) + "\n")
-        self.count += 1
 
     def _write_csv(self) -> None:
         rows = read_records(self.jsonl)
@@ -303,7 +301,8 @@ class TensorBoard(Scalars):
     def on_run_start(self, run: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run.run_dir / "tensorboard"))
+        # What was written after the checkpoint that a resumed run starts from is taken back.
+        self.writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=run.step + 1 if run.resumed else None)
 
     def log_scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():

@@ -32,6 +32,7 @@ if __name__ == "__main__":
     answer_at_once("train.py [--experiment_name NAME] [--config FILE ...] [settings]", ACTIONS)
 
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 from build import model_settings
 from checkpoint import RunFolder, RunLock, write_text
-from commands import check_data, create_config, dry_run, preview, version
+from commands import check_data, create_config, preview, version
 from config import Config, as_dict, secret_values, take_values, to_yaml
 from config import load as load_config
 from dataset import composition
@@ -58,11 +59,14 @@ from tracking import Callback, Log, StepRecord, ValidationRecord
 from utils import (
     Meter,
     gradient_norm,
+    is_better,
     join_world,
     leave_world,
     norm_statistics,
+    peak_memory,
     seed_everything,
     sync_buffers,
+    tensors_in,
 )
 
 NORM_TO_WARN_OF = 100.0
@@ -94,6 +98,8 @@ def main(config: Config, callbacks: list[Callback] | None = None) -> dict[str, f
             log.say(f"the run ended with {type(error).__name__}: {error}")
             raise
         finally:
+            for callback in run.callbacks:
+                callback.on_run_end(status)
             if world.is_main_process:
                 write_text(folder.path / "status.txt", status + "\n")
 
@@ -109,8 +115,7 @@ def train(run: Run) -> tuple[str, dict[str, float]]:
         save(run)
     status = "stopped early" if is_out_of_patience(run) else "finished"
     run.last_line = (time.monotonic(), state.step)
-    epochs = math.ceil(run.total_steps / run.steps_per_epoch)
-    bar = tqdm(total=epochs, initial=state.epoch, desc="epochs", disable=not show_progress(run))
+    run.bar = tqdm(total=run.epochs, initial=state.epoch, desc="epochs", disable=not show_progress(run))
     while (state.step < run.total_steps or is_epoch_over(run)) and status == "finished":
         begin_epoch(run)
         for micro_batches in epoch_steps(run):
@@ -136,12 +141,10 @@ def train(run: Run) -> tuple[str, dict[str, float]]:
             status = "stopped early"
         if is_epoch_over(run):
             end_epoch(run)
-            bar.update()
+            run.bar.update()
         else:
             save(run)
-    bar.close()
-    for callback in run.callbacks:
-        callback.on_run_end(status)
+    run.bar.close()
     hint = "; continue with --resume" if run.stopping else ""
     run.log.say(f"{status} after {state.step} steps; the run is in {run.folder.path}{hint}")
     return status, metrics
@@ -154,10 +157,10 @@ def begin_epoch(run: Run) -> None:
     """Modes, loss weights and drop path are functions of the epoch alone, so a resume finds them again."""
     config, epoch = run.config, run.state.epoch
     train_mode(run)
-    in_last = bool(config.loss.last_epochs) and epoch >= config.train.epochs - config.loss.last_epochs
+    in_last = bool(config.loss.last_epochs) and epoch >= run.epochs - config.loss.last_epochs
     run.criterion.set_phase(config.loss.last_epochs_factors if in_last else {})
     if config.train.drop_path_schedule == "linear":
-        run.raw_model.set_drop_path(run.drop_path * min(1.0, epoch / max(1, config.train.epochs - 1)))
+        run.raw_model.set_drop_path(run.drop_path * min(1.0, epoch / max(1, run.epochs - 1)))
     run.train_loader.batch_sampler.set_epoch(epoch)
     run.train_loader.batch_sampler.set_start(run.state.micro_step)
 
@@ -202,7 +205,10 @@ def train_step(run: Run, micro_batches: list[Batch]) -> None:
                 outputs = run.model(batch)
             losses = run.criterion(outputs, batch, counts)
             loss = torch.stack(list(losses.values())).sum()
-            run.scaler.scale(loss * world.size).backward()  # DDP takes the mean over ranks; ours is a sum
+            whole = loss * world.size  # DDP takes the mean over ranks; ours is a sum
+            if world.size > 1:  # and waits for the gradient of every head, also of one that no term trains
+                whole = whole + sum(0.0 * tensor.sum() for tensor in tensors_in(outputs))
+            run.scaler.scale(whole).backward()
         scores = run.task.metric().batch_scores(outputs, batch)
         names, values = step_values(run, losses, loss, scores, batch)
         sums.append(values)
@@ -314,6 +320,7 @@ def report_step(run: Run) -> None:
         eta_seconds=(run.total_steps - state.step) / max(speed, 1e-9),
         skipped=state.skipped,
     )
+    run.bar.set_postfix({name: f"{means[name]:.3f}" for name in ("loss", run.best_metric)}, refresh=False)
     for callback in run.callbacks:
         callback.on_step(record)
     state.records += 1
@@ -343,7 +350,7 @@ def validate(run: Run, record: bool = True) -> dict[str, float]:
         run.log.say("validation before the first step: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         return values
     value, higher = values[run.best_metric], metric.higher_is_better[run.best_metric]
-    is_best = state.best is None or (value > state.best if higher else value < state.best)
+    is_best = is_better(value, state.best, higher)
     if is_best:
         state.best, state.best_step, state.waited = value, state.step, 0
     else:
@@ -355,6 +362,7 @@ def validate(run: Run, record: bool = True) -> dict[str, float]:
     for callback in run.callbacks:
         callback.on_validation(result)
     state.records += 1
+    run.last_line = (time.monotonic(), state.step)  # the next line's speed is that of training alone
     return values
 
 
@@ -369,8 +377,7 @@ def is_validation_due(run: Run) -> bool:
         return True
     if train.steps_per_validation:
         return state.step % train.steps_per_validation == 0
-    epochs = (state.epoch + 1) / train.eval_each_epoch
-    return is_epoch_over(run) and math.floor(epochs) > math.floor(state.epoch / train.eval_each_epoch)
+    return is_epoch_over(run) and (state.epoch + 1) % train.eval_each_epoch == 0
 
 
 def is_epoch_over(run: Run) -> bool:
@@ -419,6 +426,7 @@ def save(run: Run) -> None:
         "state": asdict(state),
         "rng": torch.get_rng_state(),
         "world_size": run.world.size,
+        "micro_steps_per_epoch": len(run.train_loader.batch_sampler),
     })  # fmt: skip
     publish(run)
 
@@ -443,6 +451,31 @@ def show_progress(run: Run) -> bool:
 
 
 # ---------------------------------------------------------------- the other commands
+
+
+def dry_run(config: Config) -> None:
+    """`--dry_run`: build everything, take one step and say what it takes, in a run folder that goes with it."""
+    world = join_world(config.device, config.distributed.timeout_minutes)
+    log = Log(secret_values(config), config.logging.color, quiet=not world.is_main_process)
+    log.say(to_yaml(config))
+    with ExitStack() as at_the_end:
+        at_the_end.callback(leave_world)
+        folder = RunFolder(Path(at_the_end.enter_context(tempfile.TemporaryDirectory())))
+        at_the_end.callback(log.close)
+        run = build_run(config, world, get_task(config.task), folder, log, resumed=False, callbacks=[])
+        at_the_end.callback(run.stop.restore)
+        begin_epoch(run)
+        micro_batches = next(epoch_steps(run))
+        started = time.monotonic()
+        train_step(run, micro_batches)
+        means, _, _ = run.meter.read()
+        took = time.monotonic() - started
+        parameters = list(run.raw_model.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        size = tuple(micro_batches[0].images.shape)
+        log.say(", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+        log.say(f"parameters: {sum(p.numel() for p in parameters):,}, of which {trainable:,} train")
+        log.say(f"one step of {len(micro_batches)} x {size}: {took:.2f} s, {peak_memory(world)}")
 
 
 def launch(devices: int) -> None:
@@ -471,6 +504,8 @@ def command() -> None:
             return act(config)
     if config.distributed.devices > 1 and "WORLD_SIZE" not in os.environ:
         launch(config.distributed.devices)
+    for secret in secret_values(config):  # trackers note the command line
+        sys.argv = [word.replace(secret, "***") for word in sys.argv]
     main(config)
 
 

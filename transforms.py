@@ -35,18 +35,6 @@ OFFICIAL_BINARY: list[dict[str, Any]] = [
 ]
 """BiRefNet's recipe: flip, rotate, brightness, contrast, colour, sharpness, and scattered black and white pixels."""
 
-STRONG_BINARY: list[dict[str, Any]] = [
-    {"name": "HorizontalFlip", "p": 0.5},
-    {"name": "VerticalFlip", "p": 0.5},
-    {"name": "RandomResizedCrop", "p": 0.7, "scale": [0.5, 1.0], "ratio": [0.75, 1.333]},
-    {"name": "RotateZoom", "p": 0.5, "limit": 45, "zoom": [0.9, 1.2], "border": "reflect"},
-    {"name": "Enhance", "p": 0.8, "brightness": [0.6, 1.4], "contrast": [0.6, 1.4], "color": [0.3, 1.7]},
-    {"name": "HueSaturationValue", "p": 0.3},
-    {"name": "GaussianBlur", "p": 0.1, "sigma_limit": [0.3, 1.5]},
-    {"name": "GaussNoise", "p": 0.2, "std_range": [0.01, 0.06]},
-]
-"""For a few dozen images of things that look the same from all sides."""
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a list of names to one sample

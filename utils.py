@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +33,11 @@ class World:
     size: int
     device: torch.device
 
+    @classmethod
+    def alone(cls) -> World:
+        """The one process of a command that needs neither ranks nor a device."""
+        return cls(0, 0, 1, torch.device("cpu"))
+
     @property
     def is_main_process(self) -> bool:
         return self.rank == 0
@@ -45,8 +53,8 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, value: object) -> object:
-        """Rank 0's `value`, on every rank."""
+    def agree(self, value: Any) -> Any:
+        """Rank 0's `value` (plain data), on every rank."""
         if self.size == 1:
             return value
         holder = [value]
@@ -84,9 +92,21 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def peak_memory(world: World) -> str:
+    """The most memory held so far: of the device's allocator, or of the process."""
+    if world.device.type == "cuda":
+        return f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the device"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"peak memory {peak / 2**30:.2f} GiB of the process"
+
+
 def loading_workers(asked: int, world_size: int = 1) -> int:
     """How many loading processes a rank starts; −1 asks for its share of the cores, at most 8."""
-    return asked if asked >= 0 else min(8, (os.cpu_count() or 1) // world_size)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return asked if asked >= 0 else min(8, (os.cpu_count() or 1) // here)
 
 
 def leave_world() -> None:
@@ -209,6 +229,19 @@ class DelayedFlags:
         return flags
 
 
+def tensors_in(outputs: Any) -> Iterator[Tensor]:
+    """The differentiable tensors of a model's outputs, however nested."""
+    if isinstance(outputs, Tensor):
+        if outputs.requires_grad:
+            yield outputs
+    elif isinstance(outputs, dict):
+        for value in outputs.values():
+            yield from tensors_in(value)
+    elif isinstance(outputs, (list, tuple)):
+        for value in outputs:
+            yield from tensors_in(value)
+
+
 # ---------------------------------------------------------------- averaged weights
 
 
@@ -234,6 +267,13 @@ class EMA:
 
 
 # ---------------------------------------------------------------- meters
+
+
+def is_better(value: float, best: float | None, higher_is_better: bool) -> bool:
+    """Whether `value` beats `best`; what is not a number beats nothing and is beaten by everything."""
+    if math.isnan(value):
+        return False
+    return best is None or math.isnan(best) or (value > best if higher_is_better else value < best)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The families of models. A new one is a file, a row here, and a settings dataclass in `config.py`."""
+"""The families of models. A new one is a file, a row here, and a settings dataclass in settings.py."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ class Family:
     """Where a family's parts live, as "module.name", so that nothing is imported before it is used."""
 
     model: str
-    settings: str  # the dataclass of its settings
-    tasks: dict[str, tuple[str, str]]  # task: (criterion, postprocess), the latter empty where predictions need none
+    criteria: dict[str, str]  # of each task that it does
 
 
 FAMILIES: dict[str, Family] = {
-    "birefnet": Family("models.birefnet.BiRefNet", "config.BiRefNetSettings", {"binary": ("loss.BinaryCriterion", "")}),
+    "birefnet": Family("models.birefnet.BiRefNet", {"binary": "loss.BinaryCriterion"}),
 }
 
 
@@ -58,12 +57,12 @@ def _family(name: str) -> Family:
 
 def create_criterion(name: str, task: str, **settings: Any) -> Any:
     """The criterion of a family for a task, from keyword settings. `UserError` says which tasks the family does."""
-    tasks = _family(name).tasks
-    if task not in tasks:
+    criteria = _family(name).criteria
+    if task not in criteria:
         raise UserError(
-            f"model.family {name} does not do the task {task}{nearest(task, tasks)}; it does: {', '.join(tasks)}"
+            f"model.family {name} does not do the task {task}{nearest(task, criteria)}; it does: {', '.join(criteria)}"
         )
-    return resolve(tasks[task][0])(**settings)
+    return resolve(criteria[task])(**settings)
 
 
 def infer_family(state_dict: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -137,7 +137,7 @@ class Model(nn.Module):
             matched = [(name, p) for name, p in self.named_parameters() if _matches(name, pattern)]
             if not matched:
                 known = {name.rsplit(".", depth)[0] for name, _ in self.named_parameters() for depth in range(1, 4)}
-                raise UserError(f"model.freeze: no parameter is named {pattern!r}{nearest(pattern, known)}")
+                raise UserError(f"optimizer.freeze: no parameter is named {pattern!r}{nearest(pattern, known)}")
             for _, parameter in matched:
                 count += parameter.requires_grad
                 parameter.requires_grad_(False)

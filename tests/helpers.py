@@ -57,7 +57,7 @@ class ToySettings:
 def add_toy_family() -> None:
     """Make `--model.family toy` known to this process."""
     FAMILY_SETTINGS["toy"] = ToySettings
-    FAMILIES["toy"] = Family("tests.toy.Toy", "tests.helpers.ToySettings", {"binary": ("loss.BinaryCriterion", "")})
+    FAMILIES["toy"] = Family("tests.toy.Toy", {"binary": "loss.BinaryCriterion"})
 
 
 def draw_set(folder: Path, count: int, seed: int = 0) -> Path:

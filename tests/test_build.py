@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+import build
 import config
 import downloads
 from build import build_model
+from checkpoint import RunFolder
 from dataset import IMAGENET_MEAN, IMAGENET_STD, normalize
 from errors import UserError
 from models import create_model
-from run import clear_run
 from tests.helpers import TINY, draw_set, flags_for, in_process
 from tracking import Log
-from utils import World
+from utils import World, is_better
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = World.alone()
 
 
 def test_statistics_of_each_image_make_brightness_irrelevant() -> None:
@@ -47,15 +48,16 @@ def test_backbone_weights_come_from_their_address(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     settings = config.load([*TINY, "--data.train", "x", "--pretrained", "backbone"])
     for _ in range(2):  # the second time it is there already
-        model = build_model(settings, None, ALONE, Log([], quiet=True))  # type: ignore[arg-type]
+        model = build_model(settings, ALONE, Log([], quiet=True))
     assert len(asked) == 1
-    assert asked[0].endswith("pvt_v2_b0.pth")
+    assert asked[0].endswith("/pvt_v2_b0.pth")
     own = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
     theirs = source.state_dict()
     assert own
     assert all(torch.equal(value, theirs[name]) for name, value in own.items())
 
-    (tmp_path / "checkpoints" / "pvt_v2_b0.pth").write_bytes(b"something else")
+    (file,) = (tmp_path / "checkpoints").glob("*-pvt_v2_b0.pth")
+    file.write_bytes(b"something else")
     with pytest.raises(UserError, match="no longer what was downloaded"):
         downloads.fetch(asked[0])
 
@@ -73,7 +75,7 @@ def test_offline_is_said_with_a_way_out(tmp_path: Path, monkeypatch: pytest.Monk
 def test_settings_without_official_weights_say_so() -> None:
     settings = config.load([*TINY, "--data.train", "x", "--pretrained", "official"])
     with pytest.raises(UserError, match="no official weights are published"):
-        build_model(settings, None, ALONE, Log([], quiet=True))  # type: ignore[arg-type]
+        build_model(settings, ALONE, Log([], quiet=True))
 
 
 def test_an_overwritten_run_is_kept_until_the_new_one_stands(tmp_path: Path) -> None:
@@ -87,9 +89,11 @@ def test_an_overwritten_run_is_kept_until_the_new_one_stands(tmp_path: Path) -> 
         in_process(*flags, "--overwrite", "--data.train", str(tmp_path / "misspelt"))
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
-    (run / "old").mkdir()
+    (run / "old_epoch_7.pth").touch()
+    (run / "notes.txt").write_text("the user's own")
     in_process(*flags, "--overwrite")
-    assert not (run / "old").exists()
+    assert not (run / "old_epoch_7.pth").exists()
+    assert (run / "notes.txt").exists()
     assert (run / "train.log").read_text().count("resumed") == 0
 
     # Its name is all that a resume needs: the other settings are in the run's own configuration.
@@ -97,14 +101,72 @@ def test_an_overwritten_run_is_kept_until_the_new_one_stands(tmp_path: Path) -> 
     assert "resumed from last.pth at epoch 2, step 1" in (run / "train.log").read_text()
 
 
-def test_clearing_keeps_the_lock_and_follows_no_link(tmp_path: Path) -> None:
+def test_clearing_a_run_removes_what_runs_write_alone(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "file").touch()
     run = tmp_path / "run"
-    run.mkdir()
-    for name in (".lock", "last.pth"):
+    (run / "tensorboard").mkdir(parents=True)
+    for name in (".lock", "last.pth", "metrics.csv", "mine.txt"):
         (run / name).touch()
-    (run / "link").symlink_to(tmp_path / "elsewhere")
-    clear_run(run)
-    assert [path.name for path in run.iterdir()] == [".lock"]
+    (run / "comet").symlink_to(tmp_path / "elsewhere")
+    RunFolder(run).clear()
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "comet", "mine.txt"]
     assert (tmp_path / "elsewhere" / "file").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    draw_set(tmp_path / "train", 2)
+    mine = tmp_path / "runs" / "x" / "photos" / "a.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for overwrite in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match="holds files that are no run"):
+            in_process(*flags_for(tmp_path, tmp_path / "runs", "x"), *overwrite)
+    assert mine.read_text() == "mine"
+
+
+def test_resume_needs_only_the_name_in_the_default_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_set(tmp_path / "train", 2)
+    draw_set(tmp_path / "val", 1)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data.train", "train", "--data.val", "val", "--experiment_name", "x", "--num_workers", "0"]
+    in_process(*TINY, *flags, "--epochs", "1", "--overwrite")
+    saved = (tmp_path / "runs" / "x" / "config.yml").read_text()
+    assert "overwrite" not in saved
+    in_process("--experiment_name", "x", "--resume", "--epochs", "2")
+    assert "finished after" in (tmp_path / "runs" / "x" / "train.log").read_text()
+    assert not (tmp_path / "runs" / "x" / "runs").exists()
+
+
+def test_one_entry_of_a_mapping_is_a_flag() -> None:
+    weights = config.load(["--data.train", "x", "--loss.weights.mae", "7"]).loss.weights
+    assert weights == {**config.load(["--data.train", "x"]).loss.weights, "mae": 7.0}
+    with pytest.raises(UserError, match=r"loss\.weights\.mae .* at least 0"):
+        config.load(["--loss.weights.mae", "-1"])
+
+
+def test_a_broken_line_of_yaml_is_named_but_not_shown(tmp_path: Path) -> None:
+    file = tmp_path / "vars.yml"
+    file.write_text("seed: 1\ncomet_ml_api_key: CANARY: x\n")
+    with pytest.raises(UserError, match=r"line 2") as error:
+        config.load(["--config", str(file)])
+    assert "CANARY" not in str(error.value)
+
+
+def test_sizes_and_auxiliary_classes_must_fit() -> None:
+    with pytest.raises(UserError, match="multiples of 32"):
+        build.check_size(config.load(["--data.train", "x", "--size", "100"]), 32)
+    settings = config.load(["--data.train", "x", "--model.auxiliary_classes", "1"])
+    with pytest.raises(UserError, match=r"loss\.weights\.class"):
+        build.check_classes(settings, ["a"])
+    settings.loss.weights["class"] = 5.0
+    build.check_classes(settings, ["a"])
+    with pytest.raises(UserError, match="2 classes"):
+        build.check_classes(settings, ["a", "b"])
+
+
+def test_what_is_no_number_beats_nothing() -> None:
+    assert not is_better(float("nan"), None, True)
+    assert is_better(0.1, float("nan"), True)
+    assert is_better(0.1, 0.2, False)
+    assert not is_better(0.1, 0.2, True)

@@ -37,7 +37,7 @@ def record(step: int = 100, **changes: Any) -> StepRecord:
 
 
 def info(run_dir: Path, resumed: bool = False, records: int = 0) -> RunInfo:
-    return RunInfo("run", run_dir, {}, resumed, records, get_task("binary"))
+    return RunInfo("run", run_dir, {}, resumed, records, 0, get_task("binary"))
 
 
 def test_the_line_is_the_one_of_the_legend() -> None:

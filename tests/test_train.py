@@ -449,7 +449,7 @@ def test_dry_run_and_preview(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     flags = flags_for(data, tmp_path, "run", "--batch_size", "2")
     code, out, err = run_script(monkeypatch, "train", "--dry_run", *flags)
     assert code == 0, err
-    for said in ("losses: bce", "parameters: 6,8", "peak memory:", "10 samples", "backbone: pvt_v2_b0"):
+    for said in ("loss/bce", "parameters: 6,8", "peak memory", "10 samples", "backbone: pvt_v2_b0"):
         assert said in out
     assert not (tmp_path / "run").exists()
     code, out, err = run_script(monkeypatch, "train", "--preview", *flags)
