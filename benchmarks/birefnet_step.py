@@ -2,7 +2,7 @@
 
     python benchmarks/birefnet_step.py --backbone swin_v1_t --size 256 --batch_size 2 --threads 1
 
-Prints the median over the steps of forward, losses, backward and update, without data loading.
+Prints the median over the steps of forward, losses, backward, gradient norm and update, without data loading.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from loss import BinaryCriterion
 from models import create_model
+from utils import gradient_norm
 
-PHASES = ("forward", "losses", "backward", "update")
+PHASES = ("forward", "losses", "backward", "norm", "update")
 
 
 def main() -> None:
@@ -69,6 +70,8 @@ def timed_step(
     loss = torch.stack(list(criterion(outputs, batch, criterion.counts(batch)).values())).sum()
     marks.append(now(batch.images.device))
     loss.backward()
+    marks.append(now(batch.images.device))
+    gradient_norm(model.parameters())
     marks.append(now(batch.images.device))
     optimizer.step()
     optimizer.zero_grad()
