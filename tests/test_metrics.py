@@ -49,7 +49,7 @@ def test_scores_by_hand() -> None:
         "bce_accuracy": 1 - entropy / 16,
         "mae": (0.1 + 0.2 + 0.2 + 0.1) / 4,
     }
-    assert set(scores) == NAMES == set(BinaryMetric.higher_is_better)
+    assert set(scores) == NAMES == set(BinaryMetric().higher_is_better)
     for name, value in expected.items():
         assert scores[name] == pytest.approx(value, abs=1e-6), name
 
@@ -117,8 +117,9 @@ def test_rows_ranking_and_datasets() -> None:
     per_dataset = metric.per_dataset()
     assert per_dataset["a"]["jaccard"] == pytest.approx(0.5, abs=1e-6)
     assert per_dataset["b"]["jaccard"] == pytest.approx(0.45, abs=1e-6)
-    assert BinaryMetric.higher_is_better[BinaryMetric.primary]
-    assert not BinaryMetric.higher_is_better["mae"]
+    assert metric.higher_is_better[metric.primary]
+    assert not metric.higher_is_better["mae"]
+    assert [row.sample_id for row in metric.worst(2, "mae")] == ["s2", "s0"]
 
 
 def test_no_samples_is_an_error() -> None:

@@ -1,28 +1,17 @@
-"""Streaming metrics, one class per task: a row per sample on the host, gathered from all ranks, averaged at the end."""
+"""Scores of one soft mask per image."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from loss import resize, ssim_map
+from metrics.base import Row, StreamingMetric
 
-
-@dataclass(frozen=True)
-class Row:
-    """One scored sample."""
-
-    dataset: str
-    sample_id: str
-    path: str
-    scores: dict[str, float]
+SOFT_SCORES = {"jaccard": True, "dice": True, "iou": True, "bce_accuracy": True, "ssim": True, "mae": False}
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -54,7 +43,7 @@ def binary_scores(probabilities: Tensor, target: Tensor) -> dict[str, Tensor]:
         }
 
 
-class BinaryMetric:
+class BinaryMetric(StreamingMetric):
     """Scores of one soft mask per image, averaged over samples; see `binary_scores` for the formulas.
 
     Each sample is scored by itself, at its original size where the batch carries it, so that the figures do not
@@ -62,17 +51,10 @@ class BinaryMetric:
     """
 
     primary = "jaccard"
-    higher_is_better: ClassVar[dict[str, bool]] = {
-        "jaccard": True,
-        "dice": True,
-        "iou": True,
-        "bce_accuracy": True,
-        "ssim": True,
-        "mae": False,
-    }
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        super().__init__()
+        self.higher_is_better = SOFT_SCORES
 
     @staticmethod
     @torch.no_grad()
@@ -104,38 +86,3 @@ class BinaryMetric:
         for sample, row in zip(batch.samples, values, strict=True):
             row_scores = dict(zip(scores[0], row, strict=True))
             self.rows.append(Row(sample.dataset, sample.sample_id, sample.path, row_scores))
-
-    def reduce(self) -> None:
-        """Bring the rows of all ranks to every rank, each sample once , by dataset and sample id."""
-        rows = self.rows
-        if dist.is_available() and dist.is_initialized():
-            gathered: list[list[Row]] = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(gathered, rows)
-            rows = [row for rank_rows in gathered for row in rank_rows]
-        unique = {(row.dataset, row.sample_id): row for row in rows}
-        self.rows = [unique[key] for key in sorted(unique)]
-
-    def compute(self) -> dict[str, float]:
-        """Mean of each score over the samples, in float64. Raises ValueError if there are none."""
-        return self._means(self.rows)
-
-    def per_dataset(self) -> dict[str, dict[str, float]]:
-        """`compute` for each dataset by itself."""
-        datasets = sorted({row.dataset for row in self.rows})
-        return {name: self._means([row for row in self.rows if row.dataset == name]) for name in datasets}
-
-    def worst(self, count: int) -> list[Row]:
-        """The samples with the lowest primary score, the lowest first; one that is not a number is lower than all."""
-
-        def score(row: Row) -> float:
-            value = row.scores[self.primary]
-            return -math.inf if math.isnan(value) else value
-
-        return sorted(self.rows, key=score)[:count]
-
-    def best(self, count: int) -> list[Row]:
-        """The samples with the highest primary score, the highest first."""
-        return self.worst(len(self.rows))[::-1][:count]
-
-    def _means(self, rows: list[Row]) -> dict[str, float]:
-        return {name: fmean(row.scores[name] for row in rows) for name in self.higher_is_better}

@@ -1,0 +1,6 @@
+"""Streaming metrics, one class per task, and the field's formulas behind them."""
+
+from metrics.base import Row, StreamingMetric
+from metrics.binary import BinaryMetric
+
+__all__ = ["BinaryMetric", "Row", "StreamingMetric"]

@@ -1,0 +1,85 @@
+"""What the metrics of all tasks share: a row per sample on the host, gathered from all ranks, averaged at the end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import numpy as np
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scored sample. `curves` are those of its scores that are averaged over samples before a maximum is taken."""
+
+    dataset: str
+    sample_id: str
+    path: str
+    scores: dict[str, float]
+    curves: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class StreamingMetric:
+    """Rows as they come, `reduce` once all have come, then the figures.
+
+    Each sample is scored by itself and rows are sorted before they are averaged, so the figures depend neither on the
+    batch size nor on the number of ranks nor on the order, to the last bit.
+    """
+
+    primary: str  # the score that says which model and which sample is better
+    higher_is_better: dict[str, bool]  # of the scores that are averaged, in the order in which they are shown
+    maybe_undefined: frozenset[str] = frozenset()  # scores that some samples do not have; such are NaN in their rows
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def reduce(self) -> None:
+        """Bring the rows of all ranks to every rank, each sample once, by dataset and sample id."""
+        rows = self.rows
+        if dist.is_available() and dist.is_initialized():
+            gathered: list[list[Row]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(gathered, rows)
+            rows = [row for rank_rows in gathered for row in rank_rows]
+        unique = {(row.dataset, row.sample_id): row for row in rows}
+        self.rows = [unique[key] for key in sorted(unique)]
+
+    def compute(self) -> dict[str, float]:
+        """Mean of each score over the samples, in float64, after `reduce`. Raises ValueError if there are none."""
+        return self.means(self.rows)
+
+    def per_dataset(self) -> dict[str, dict[str, float]]:
+        """`compute` for each dataset by itself."""
+        datasets = sorted({row.dataset for row in self.rows})
+        return {name: self.means([row for row in self.rows if row.dataset == name]) for name in datasets}
+
+    def means(self, rows: list[Row]) -> dict[str, float]:
+        """`compute` for some rows. Samples without a score are left out of its mean, which is NaN where none has it."""
+        return {name: self._mean(name, rows) for name in self.higher_is_better}
+
+    def _mean(self, name: str, rows: list[Row]) -> float:
+        values = [row.scores[name] for row in rows]
+        if name in self.maybe_undefined:
+            values = [value for value in values if not math.isnan(value)] or [math.nan]
+        return fmean(values)
+
+    def undefined(self) -> dict[str, int]:
+        """How many samples have no such score, of the scores that some lack."""
+        counts = {name: sum(math.isnan(row.scores[name]) for row in self.rows) for name in sorted(self.maybe_undefined)}
+        return {name: count for name, count in counts.items() if count}
+
+    def worst(self, count: int, name: str = "") -> list[Row]:
+        """The samples with the worst `name`, by default the primary score, the worst first; NaN is worse than all."""
+        name = name or self.primary
+        sign = 1 if self.higher_is_better[name] else -1
+
+        def goodness(row: Row) -> float:
+            value = row.scores[name]
+            return -math.inf if math.isnan(value) else sign * value
+
+        return sorted(self.rows, key=goodness)[:count]
+
+    def best(self, count: int, name: str = "") -> list[Row]:
+        """The samples with the best `name`, by default the primary score, the best first."""
+        return self.worst(len(self.rows), name)[::-1][:count]
