@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -24,8 +25,9 @@ from errors import UserError
 MARK = b"MASKWR01"
 TRAILER = len(MARK) + hashlib.sha256().digest_size
 TEMPORARY = ".partial"
-RUN_FILES = ("config.yml", "train.log", "metrics.jsonl", "metrics.csv", "status.txt")
-RUN_FOLDERS = ("tensorboard", "comet", "wandb")
+RUN_FILES = ("config.yml", "run.json", "train.log", "metrics.jsonl", "metrics.csv", "events.jsonl", "validation.json",
+             "report.html", "status.txt")  # fmt: skip
+RUN_FOLDERS = ("pictures", "tensorboard", "comet", "wandb")
 
 
 class CheckpointError(UserError):
@@ -120,6 +122,15 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping, or {} where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 # ---------------------------------------------------------------- the checkpoints of a run
 
 
@@ -185,6 +196,10 @@ class RunFolder:
                 shutil.rmtree(item)
             elif item.suffix == ".pth" or item.name in RUN_FILES:
                 item.unlink()
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to resume from, intact or not."""
+        return any(True for _ in self._candidates())
 
     def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
         """(file, payload, sentences about damaged ones) of the newest intact checkpoint, or None without any."""
@@ -336,6 +351,7 @@ class RunState:
     best: float | None = None
     best_step: int = -1
     waited: int = 0
+    base: dict[str, float] = field(default_factory=dict)  # metrics of the trained model that the run started from
 
     @property
     def applied(self) -> int:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
-
-import torch
 
 from build import build_augment, build_readers, data_table
 from checkpoint import write_text
@@ -17,7 +13,7 @@ from samples import SampleKey
 from tasks import get_task
 from tracking import Log
 from transforms import preview_sheet
-from utils import World
+from utils import World, environment
 
 
 def check_data(config: Config) -> None:
@@ -45,14 +41,7 @@ def preview(config: Config) -> None:
 
 def version() -> None:
     """`--version`: what this runs on, to paste into a report."""
-    import timm
-    import torchvision
-
-    print(f"python {platform.python_version()} on {platform.platform()}")
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}")
-    print(
-        f"CUDA devices: {torch.cuda.device_count()}, MPS: {torch.backends.mps.is_available()}, cores: {os.cpu_count()}"
-    )
+    print("\n".join(f"{name}: {value}" for name, value in environment().items()))
 
 
 def create_config(config: Config, path: Path) -> None:

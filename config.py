@@ -542,9 +542,9 @@ def cross_check(config: Config) -> None:
 # ---------------------------------------------------------------- the configuration, written down
 
 
-def is_saved(item: dataclasses.Field) -> bool:
-    """Whether a field belongs to the run rather than to its owner or to one start of it."""
-    return not (item.metadata.get("secret") or item.metadata.get("transient"))
+def is_passing(item: dataclasses.Field | Key) -> bool:
+    """Whether a setting belongs to the run's owner or to one start of it, and not to the run: such are not saved."""
+    return bool(item.metadata.get("secret") or item.metadata.get("transient"))
 
 
 def as_dict(config: Any) -> dict:
@@ -554,7 +554,7 @@ def as_dict(config: Any) -> dict:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             result[item.name] = as_dict(value)
-        elif is_saved(item):
+        elif not is_passing(item):
             result[item.name] = value
     return result
 
@@ -579,7 +579,7 @@ def to_yaml(config: Config, documented: bool = False) -> str:
             if dataclasses.is_dataclass(value):
                 lines.append(f"{indent}{item.name}:")
                 write(value, indent + "  ")
-            elif is_saved(item):
+            elif not is_passing(item):
                 text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
                 lines.append(f"{indent}{item.name}: {text}  # {item.metadata['doc']}")
 
@@ -604,10 +604,18 @@ def differences(old: Config, new: Config, frozen_only: bool = False) -> list[str
     lines = []
     for key in known_keys(new.model.family).values():
         before, after = get_value(old, key.path), get_value(new, key.path)
-        passing = any(key.metadata.get(word) for word in ("secret", "transient"))
-        if before != after and not passing and not (frozen_only and key.metadata.get("volatile")):
+        if before != after and not is_passing(key) and not (frozen_only and key.metadata.get("volatile")):
             lines.append(f"{key.path}: {before} -> {after}")
     return lines
+
+
+def changed(config: Config) -> list[tuple[str, Any, Any]]:
+    """(key, default, value) of each setting that is not at its default."""
+    family = config.model.family
+    default = Config(model=FAMILY_SETTINGS[family]())
+    paths = [key.path for key in known_keys(family).values() if not is_passing(key)]
+    pairs = ((path, get_value(default, path), get_value(config, path)) for path in paths)
+    return [(path, before, after) for path, before, after in pairs if before != after]
 
 
 def help_text(usage: str, actions: dict[str, str], options: type = Config) -> str:

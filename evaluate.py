@@ -22,7 +22,7 @@ if __name__ == "__main__":
     answer_at_once("evaluate.py --checkpoint RUN [RUN ...] [--data.test SETS] [settings]", ACTIONS)
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from build import build_eval_loader, check_size
 from checkpoint import load_model
 from config import Config, take_values
 from config import load as load_config
+from gallery import Gallery
 from predict import predict
 from readers import Fault, Reader, check, drop, fail_on, limit
 from samples import Batch
@@ -50,21 +51,28 @@ def evaluate(
     *,
     world: World,
     precision: Precision,
-    tta: bool = False,
+    tta: Sequence[float] = (),
     progress: bool = True,
+    gallery: Gallery | None = None,
 ) -> Any:
     """Score `model` on a loader whose sampler deals whole batches to the ranks; every sample counts once.
 
-    The metric's rows are those of all ranks afterwards. The model is left in evaluation mode.
+    The metric's rows are those of all ranks afterwards; a `gallery` keeps the masks worth looking at. `tta` are the
+    scales that predictions are averaged over. The model is left in evaluation mode.
     """
     model.eval()
     bar = tqdm(loader, desc="validation", leave=False, disable=not progress or not world.is_main_process)
+    total = 0.0
     for batch in bar:
         batch = batch.to(world.device)
         with precision.autocast():
             predictions = predict(model, batch, tta)
         metric.update(predictions, batch)
-        bar.set_postfix({metric.primary: f"{metric.compute()[metric.primary]:.3f}"}, refresh=False)
+        rows = metric.rows[-len(batch.samples) :]
+        if gallery:
+            gallery.update(rows, predictions, batch)
+        total += sum(row.scores[metric.primary] for row in rows)
+        bar.set_postfix({metric.primary: f"{total / len(metric.rows):.3f}"}, refresh=False)
     metric.reduce()
     return metric
 
@@ -101,7 +109,7 @@ def score_checkpoint(path: Path, flags: list[str], world: World, faults: FaultsO
         task.metric(),
         world=world,
         precision=choose_precision(config.train.mixed_precision, world.device),
-        tta=config.evaluation.tta,
+        tta=config.evaluation.scales,
         progress=progress,
     )
     counts = Counter(row.dataset for row in metric.rows)

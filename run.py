@@ -5,16 +5,18 @@ Apart from train.py so that the loop can be read without the building.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
 import time
+import uuid
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,12 +30,14 @@ from build import (
     data_table,
     load_pretrained,
 )
-from checkpoint import CheckpointError, RunFolder, RunState, load_weights, write_text
-from config import Config, as_dict, differences, from_dict, to_yaml
+from checkpoint import CheckpointError, RunFolder, RunState, load_weights, read_json, write_text
+from config import Config, as_dict, changed, differences, from_dict, read_yaml, to_yaml
 from errors import UserError
 from optim import Schedule
 from tasks import Task
-from tracking import Callback, Console, Log, Records, RunInfo, build_trackers
+from timing import StepClock
+from trackers import build_trackers
+from tracking import Callback, Console, Event, Log, Records, RunInfo
 from utils import (
     EMA,
     DelayedFlags,
@@ -43,6 +47,7 @@ from utils import (
     World,
     choose_precision,
     drop_path_rate,
+    environment,
     seed_everything,
 )
 
@@ -75,10 +80,28 @@ class Run:
     total_steps: int
     best_metric: str
     drop_path: float  # of the deepest block
+    clock: StepClock
+    is_fine_tuned: bool = False  # whether training starts from a trained model, to be measured first
     stopping: bool = False
+    hint: str = ""  # what the last printed line found wasteful
+    hinted: set[str] = field(default_factory=set)
+    early_events: list[Event] = field(default_factory=list)  # of the time before anyone listens
     bar: Any = None  # of the epochs
     last_save: float = field(default_factory=time.monotonic)
     last_line: tuple[float, int] = (0.0, 0)
+
+    def note(self, kind: str, text: str) -> None:
+        """Say what happened and tell the callbacks; see `tracking.Event` for the kinds."""
+        self.log.say(text)
+        event = Event(kind, self.log.redact(text), self.state.step)
+        for callback in self.callbacks:
+            callback.on_event(event)
+        if not self.callbacks:
+            self.early_events.append(event)
+
+    def metric(self) -> Any:
+        """A fresh metric of the task."""
+        return self.task.metric()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -124,7 +147,7 @@ def check_same_settings(config: Config, snapshot: Path) -> None:
     """A resumed run may be longer or log otherwise; what would make it another run is an error that names it."""
     if not snapshot.exists():
         return
-    before = from_dict(yaml.safe_load(snapshot.read_text(encoding="utf-8")), str(snapshot))
+    before = from_dict(read_yaml(snapshot), str(snapshot))
     changed = differences(before, config, frozen_only=True)
     if changed:
         raise UserError(
@@ -148,7 +171,8 @@ def build_run(
     torch.set_float32_matmul_precision("high")
     readers = build_readers(config, task, world, log)
     check_classes(config, readers[0].class_names)
-    raw_model = build_model(config, world, log, pretrained=not resumed)
+    starts_anew = world.agree(not (resumed and folder.has_checkpoint()))
+    raw_model = build_model(config, world, log, pretrained=starts_anew)
     train_loader, val_loader = build_loaders(config, task, world, readers, raw_model.stride)
     steps_per_epoch = train_loader.batch_sampler.steps_per_epoch
     total_steps = config.train.max_steps or config.train.epochs * steps_per_epoch
@@ -181,6 +205,8 @@ def build_run(
         total_steps=total_steps,
         best_metric=best_metric(config, task),
         drop_path=drop_path_rate(raw_model),
+        clock=StepClock(world.device),
+        is_fine_tuned=starts_anew and config.model.pretrained not in ("none", "backbone"),
     )
     restore(run, resumed)
     run.model = wrap_model(run)
@@ -191,26 +217,65 @@ def build_run(
         folder.sweep()
         log.open(folder.path / "train.log")
         write_text(folder.path / "config.yml", to_yaml(config))
-        run.callbacks = [Console(log, lambda scores: task.color(scores, config.logging)), Records(folder.path),
-                         *build_trackers(config.tracking, log), *callbacks]  # fmt: skip
-        info = RunInfo(folder.name, folder.path, as_dict(config), resumed, run.state.records, run.state.step, task)
-        for callback in run.callbacks:
-            callback.on_run_start(info)
-        say_what_runs(run, {"training": readers[0], "validation": readers[1]})
+        description = describe(run, {"training": readers[0], "validation": readers[1]})
+        write_text(folder.path / "run.json", json.dumps(description, indent=1))
+        begin_telling(run, resumed, description["id"], callbacks)
+        run.log.say(data_table({"training": readers[0], "validation": readers[1]}))
     return run
 
 
-def say_what_runs(run: Run, readers: dict[str, Any]) -> None:
-    """The first lines of the log."""
+def begin_telling(run: Run, resumed: bool, run_id: str, callbacks: list[Callback]) -> None:
+    """From here on the console, the records, the report, the trackers and the user's own callbacks hear of the run."""
+    config, log, folder, state = run.config, run.log, run.folder, run.state
+    run.callbacks = [Console(log, lambda scores: run.task.color(scores, config.logging)), Records(folder.path),
+                     *build_trackers(config.tracking, log), *callbacks]  # fmt: skip
+    info = RunInfo(folder.name, folder.path, as_dict(config), resumed, state.records, state.step, run.task, run_id)
+    for callback in run.callbacks:
+        callback.on_run_start(info)
+    for event in run.early_events:
+        for callback in run.callbacks:
+            callback.on_event(event)
+    run.note("resume" if state.step else "start", what_runs(run))
+
+
+def what_runs(run: Run) -> str:
+    """The first line of the log."""
     config, world = run.config, run.world
     trainable = sum(p.numel() for p in run.raw_model.parameters() if p.requires_grad)
     effective_batch_size = config.train.batch_size * config.train.grad_accum_steps * world.size
-    run.log.say(
+    return (
         f"{run.folder.name}: {config.model.family}, {trainable / 1e6:.1f}M parameters to train on {world.device} "
         f"with {world.size} process{'es' if world.size > 1 else ''}, {run.precision.name} mixed precision; "
         f"{run.total_steps} steps of {effective_batch_size} samples"
     )
-    run.log.say(data_table(readers))
+
+
+def describe(run: Run, readers: dict[str, Any]) -> dict[str, Any]:
+    """What run.json holds: all that a report says of a run beside its records. A resumed run keeps id and age."""
+    config, metric = run.config, run.metric()
+    before = read_json(run.folder.path / "run.json")
+    parameters = [(p.numel(), p.requires_grad) for p in run.raw_model.parameters()]
+    return {
+        "id": before.get("id") or uuid.uuid4().hex,
+        "name": run.folder.name,
+        "created": before.get("created") or time.time(),
+        "command": run.log.redact(" ".join(sys.argv)),
+        "family": config.model.family,
+        "task": config.task,
+        "metric": run.best_metric,
+        "primary": metric.primary,
+        "higher_is_better": metric.higher_is_better,
+        "total_steps": run.total_steps,
+        "steps_per_epoch": run.steps_per_epoch,
+        "epochs": run.epochs,
+        "parameters": sum(count for count, _ in parameters),
+        "trainable_parameters": sum(count for count, trains in parameters if trains),
+        "data": [{"part": part, "dataset": name, "samples": summary.count, "weight": summary.weight}
+                 for part, reader in readers.items() if reader for name, summary in reader.datasets.items()],
+        "changed": changed(config),
+        "environment": environment(run.world),
+        "demo": config.is_demo,
+    }  # fmt: skip
 
 
 def wrap_model(run: Run) -> nn.Module:
@@ -231,12 +296,15 @@ def wrap_model(run: Run) -> nn.Module:
 
 
 def best_metric(config: Config, task: Task) -> str:
-    """The metric that chooses best.pth; an unknown name is a `UserError`."""
+    """The metric that chooses best.pth; one that is not measured is a `UserError`."""
     metric = task.metric()
     name = config.checkpoint.monitor.removeprefix("val/") or metric.primary
     if name not in metric.higher_is_better:
         known = ", ".join(f"val/{key}" for key in metric.higher_is_better)
-        raise UserError(f"checkpoint.monitor is {config.checkpoint.monitor!r}, but must be one of {known}")
+        raise UserError(
+            f"checkpoint.monitor is {config.checkpoint.monitor!r}, but must be one of {known}, "
+            "or be added to evaluation.metrics"
+        )
     return name
 
 
@@ -249,17 +317,18 @@ def restore(run: Run, resumed: bool) -> None:
     if resumed and wanted in ("true", "auto"):
         found = run.folder.newest()
         if found is None:
-            run.log.say("the run was ended before its first checkpoint; it starts again")
+            run.note("start", "the run was ended before its first checkpoint; it starts again")
             return
         file, content, damaged = found
         for sentence in damaged:
-            run.log.say(f"{sentence}; using {file.name} instead")
+            run.note("warning", f"{sentence}; using {file.name} instead")
     elif wanted and wanted not in ("true", "auto"):
         file = Path(wanted)
         content = load_weights(file)
         if "state" not in content:
             run.log.say(f"{file} holds weights only, so training starts from them at step 0")
             load_pretrained(run.raw_model, wanted, run.world, run.log)
+            run.is_fine_tuned = True
             if run.ema:
                 run.ema.module.load_state_dict(run.raw_model.state_dict())
             return
@@ -292,10 +361,10 @@ def load_state(run: Run, content: dict[str, Any], file: Path) -> None:
     if content["world_size"] != run.world.size:
         rescale_position(run, content["micro_steps_per_epoch"])
     position = f"epoch {run.state.epoch + 1}, step {run.state.step}"
-    run.log.say(f"resumed from {file.name} at {position}")
+    run.note("resume", f"resumed from {file.name} at {position}")
     if content["world_size"] != run.world.size:
-        run.log.say(f"the run had {content['world_size']} processes and now has {run.world.size}: "
-                    "it goes on, but not bit by bit as it would have")  # fmt: skip
+        run.note("warning", f"the run had {content['world_size']} processes and now has {run.world.size}: "
+                            "it goes on, but not bit by bit as it would have")  # fmt: skip
 
 
 def rescale_position(run: Run, micro_steps_before: int) -> None:

@@ -186,8 +186,17 @@ class CheckpointSettings:
 class EvaluationSettings:
     """Validation and test."""
 
+    metrics: list[str] = setting(
+        [], "metrics beside the task's own, by name or group: standard, matting, all (binary)", volatile=True
+    )
     batch_size: int = setting(0, "samples per device; 0: the training batch size", min=0)
-    tta: bool = setting(False, "average over a horizontal flip")
+    tta: bool = setting(False, "test-time augmentation: average over tta_scales and their mirror images")
+    tta_scales: list[float] = setting([0.75, 1.0, 1.25], "scales of tta; 1 alone is a flip alone", min=0.1, max=4)
+
+    @property
+    def scales(self) -> list[float]:
+        """The scales to average over; none without `tta`."""
+        return self.tta_scales if self.tta else []
 
 
 @dataclass

@@ -35,6 +35,7 @@ class Task:
     color: Callable[[dict[str, float], Any], str]  # (batch scores, logging settings) -> colour of the line
     masks: Callable[[dict[str, Tensor], list[Size]], Iterator[np.ndarray]]  # (predictions, original sizes) -> to save
     draw: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, mask) -> picture
+    panels: Callable[[np.ndarray, Any, Any], dict[str, np.ndarray]]  # (image, a sample's masks, mask) -> pictures
     write_demo: Callable[[Path], Path]  # draws the demo data into a folder with train/ and val/
 
     def demo_root(self) -> str:
@@ -68,6 +69,28 @@ def draw_binary(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return cv2.blendLinear(image, ground, weight, 1 - weight)
 
 
+FOUND, MISSED = (np.array(color, np.float32) for color in ((255, 150, 30), (70, 140, 255)))
+
+
+def binary_panels(image: np.ndarray, truth: np.ndarray, alpha: np.ndarray) -> dict[str, np.ndarray]:
+    """A validated sample to look at: image (h, w, 3), truth of any size and alpha (h, w), all uint8.
+
+    In the error picture what was missed is blue, what was found where nothing is orange, both also to colour-blind
+    eyes; the image lies dark behind them.
+    """
+    truth = cv2.resize(truth, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_AREA)
+    difference = (alpha.astype(np.float32) - truth)[..., None] / 255
+    ground = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] * np.float32(0.3)
+    color = np.where(difference > 0, FOUND, MISSED)
+    error = ground + np.abs(difference) * (color - ground)
+    grey = {"truth": truth, "prediction": alpha}
+    return {
+        "image": image,
+        **{name: np.repeat(mask[..., None], 3, axis=2) for name, mask in grey.items()},
+        "error": error.astype(np.uint8),
+    }
+
+
 TASKS = {
     "binary": Task(
         name="binary",
@@ -80,6 +103,7 @@ TASKS = {
         color=binary_color,
         masks=binary_masks,
         draw=draw_binary,
+        panels=binary_panels,
         write_demo=write_demo,
     ),
 }

@@ -1,7 +1,7 @@
-"""What the outside hears of a run: the console, train.log, metrics.jsonl and .csv, TensorBoard, Comet ML, W&B.
+"""What the outside hears of a run: the protocol, the console and train.log, and the records in the run folder.
 
-Each is a `Callback`; so are a user's own (`train.main(config, callbacks=[...])`). They run on rank 0 alone. A remote
-tracker runs behind `Background`, where it can be slow, dead or broken without the run noticing.
+Whoever listens is a `Callback`: the console and the records here, the report (report.py), the trackers (trackers.py)
+and a user's own (`train.main(config, callbacks=[...])`). They run on rank 0 alone.
 """
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ import io
 import json
 import math
 import os
-import queue
-import re
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,22 +23,25 @@ from colorama import Fore, Style
 from tqdm import tqdm
 
 from checkpoint import write_text
+from gallery import Picture
 
 COLORS = {"red": Fore.RED, "green": Fore.GREEN, "cyan": Fore.CYAN, "blue": Fore.BLUE}
-TIMINGS = ("time", "steps_per_second", "eta_seconds")
+TIMES = ("data", "host", "device", "communication")
+TIMINGS = ("time", "steps_per_second", *(f"time_{name}" for name in TIMES))
 
 
 @dataclass
 class RunInfo:
-    """What a callback is told at the start."""
+    """What a callback is told at the start. `run_id` stays the same when a run is resumed, and no other run has it."""
 
     name: str
     run_dir: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # without secrets
     resumed: bool
-    records: int
+    records: int  # lines of metrics.jsonl that the checkpoint knows of
     step: int = 0
     task: Any = None
+    run_id: str = ""  # 32 hexadecimal digits
 
 
 @dataclass
@@ -63,11 +62,16 @@ class StepRecord:
     steps_per_second: float
     eta_seconds: float
     skipped: int = 0
+    times: dict[str, float] = field(default_factory=dict)  # shares of the wall time, see utils.StepClock
 
 
 @dataclass
 class ValidationRecord:
-    """One validation: metric means, per data set and per sample."""
+    """One validation: metric means, per data set and per sample, and the samples to look at.
+
+    `base` holds the metrics of the model that training started from, where it was a trained one; `is_base` marks the
+    validation that measured them.
+    """
 
     epoch: int
     step: int
@@ -75,6 +79,22 @@ class ValidationRecord:
     per_dataset: dict[str, dict[str, float]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     is_best: bool = False
+    primary: str = ""  # the metric that samples are ranked by
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
+    base: dict[str, float] = field(default_factory=dict)
+    is_base: bool = False
+    best: list[Picture] = field(default_factory=list)
+    worst: list[Picture] = field(default_factory=list)
+
+
+@dataclass
+class Event:
+    """What happens to a run beside its steps. `kind`: start, resume, skipped, warning, hint or end."""
+
+    kind: str
+    text: str
+    step: int
+    time: float = field(default_factory=time.time)  # seconds since 1970
 
 
 class Callback:
@@ -88,6 +108,9 @@ class Callback:
 
     def on_validation(self, record: ValidationRecord) -> None:
         """After every validation."""
+
+    def on_event(self, event: Event) -> None:
+        """When something happens beside the steps: a resume, a skipped step, a hint."""
 
     def on_run_end(self, status: str) -> None:
         """At the end, however it comes: finished, stopped …, or failed."""
@@ -183,10 +206,15 @@ def _number(value: float) -> str:
 
 
 class Records(Callback):
-    """`metrics.jsonl`, a line each, and `metrics.csv`, the same as a table."""
+    """`metrics.jsonl`, a line each, `metrics.csv`, the same as a table, and `events.jsonl`.
+
+    A line's `kind` is train, val, or base (the validation of the model that training started from).
+    """
 
     def __init__(self, run_dir: Path) -> None:
-        self.jsonl, self.csv = run_dir / "metrics.jsonl", run_dir / "metrics.csv"
+        self.jsonl, self.csv, self.events = (
+            run_dir / name for name in ("metrics.jsonl", "metrics.csv", "events.jsonl")
+        )
 
     def on_run_start(self, run: RunInfo) -> None:
         """Cut the records back to those the checkpoint knows, so that none stands twice after a crash."""
@@ -200,12 +228,18 @@ class Records(Callback):
             "kind": "train", "epoch": record.epoch, "step": record.step, "lr": record.lr,
             "grad_norm": record.grad_norm, "skipped": record.skipped, **values,
             "steps_per_second": record.steps_per_second,
+            **{f"time_{name}": round(share, 4) for name, share in record.times.items()},
         })  # fmt: skip
 
     def on_validation(self, record: ValidationRecord) -> None:
         values = {f"val/{name}": value for name, value in record.metrics.items()}
-        self._append({"kind": "val", "epoch": record.epoch, "step": record.step, **values})
+        kind = "base" if record.is_base else "val"
+        self._append({"kind": kind, "epoch": record.epoch, "step": record.step, **values})
         self._write_csv()
+
+    def on_event(self, event: Event) -> None:
+        with open(self.events, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(event)) + "\n")
 
     def on_run_end(self, status: str) -> None:
         self._write_csv()
@@ -238,143 +272,3 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---------------------------------------------------------------- trackers
-
-
-class Background(Callback):
-    """Runs another callback on its own thread: it may be slow (a full queue drops records) or fail (it is left)."""
-
-    def __init__(self, make: Callable[[], Callback], name: str, log: Log, patience_seconds: float = 20) -> None:
-        self.make, self.name, self.log, self.patience = make, name, log, patience_seconds
-        self.queue: queue.Queue[tuple[str, Any] | None] = queue.Queue(maxsize=1000)
-        self.thread = threading.Thread(target=self._work, daemon=True, name=name)
-        self.thread.start()
-
-    def _work(self) -> None:
-        try:
-            callback = self.make()
-            while (job := self.queue.get()) is not None:
-                getattr(callback, job[0])(job[1])
-        except Exception as error:
-            self.log.say(f"tracker {self.name} is lost ({type(error).__name__}: {error}); the run goes on without it")
-
-    def _put(self, method: str, argument: Any) -> None:
-        if self.thread.is_alive() and not self.queue.full():
-            self.queue.put((method, argument))
-
-    def on_run_start(self, run: RunInfo) -> None:
-        self._put("on_run_start", run)
-
-    def on_step(self, record: StepRecord) -> None:
-        self._put("on_step", record)
-
-    def on_validation(self, record: ValidationRecord) -> None:
-        self._put("on_validation", record)
-
-    def on_run_end(self, status: str) -> None:
-        self._put("on_run_end", status)
-        if self.thread.is_alive() and not self.queue.full():
-            self.queue.put(None)
-        self.thread.join(self.patience)
-
-
-class Scalars(Callback):
-    """What the three trackers share: named numbers at a step."""
-
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        raise TypeError("a tracker says how it logs")
-
-    def on_step(self, record: StepRecord) -> None:
-        values = {f"train/{name}": value for name, value in record.last.items()}
-        extra = {"lr": record.lr, "grad_norm": record.grad_norm, "steps_per_second": record.steps_per_second}
-        self.log_scalars({**values, **extra}, record.step)
-
-    def on_validation(self, record: ValidationRecord) -> None:
-        self.log_scalars({f"val/{name}": value for name, value in record.metrics.items()}, record.step)
-
-
-class TensorBoard(Scalars):
-    """Event files under `<run>/tensorboard`."""
-
-    def on_run_start(self, run: RunInfo) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # What was written after the checkpoint that a resumed run starts from is taken back.
-        self.writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=run.step + 1 if run.resumed else None)
-
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def on_run_end(self, status: str) -> None:
-        self.writer.close()
-
-
-class Comet(Scalars):
-    """Comet ML, online or as an offline archive in the run folder."""
-
-    def __init__(self, *, api_key: str, workspace: str, project_name: str, offline: bool) -> None:
-        self.api_key, self.workspace, self.project_name, self.offline = api_key, workspace, project_name, offline
-
-    def on_run_start(self, run: RunInfo) -> None:
-        import comet_ml
-
-        # The project's code, its environment and what it prints are the user's own business.
-        settings: dict[str, Any] = {"log_code": False, "log_env_details": False, "auto_output_logging": False}
-        settings |= {"workspace": self.workspace or None, "project_name": self.project_name or None}
-        self.experiment: Any
-        if self.offline:
-            self.experiment = comet_ml.OfflineExperiment(offline_directory=str(run.run_dir / "comet"), **settings)
-        else:
-            key = self.api_key or os.environ.get("COMET_API_KEY")
-            self.experiment = comet_ml.Experiment(api_key=key, **settings)
-        self.experiment.set_name(run.name)
-        self.experiment.log_parameters(run.config)
-
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        self.experiment.log_metrics(values, step=step)
-
-    def on_run_end(self, status: str) -> None:
-        self.experiment.end()
-
-
-class Wandb(Scalars):
-    """Weights & Biases, online or offline."""
-
-    def __init__(self, *, api_key: str, entity: str, project: str, offline: bool) -> None:
-        self.api_key, self.entity, self.project, self.offline = api_key, entity, project, offline
-
-    def on_run_start(self, run: RunInfo) -> None:
-        import wandb
-
-        if self.api_key and not self.offline:
-            wandb.login(key=self.api_key)
-        mode: Any = "offline" if self.offline else "online"
-        self.run = wandb.init(
-            entity=self.entity or None, project=self.project or None, name=run.name, id=_wandb_id(run.name),
-            dir=str(run.run_dir), config=run.config, mode=mode, resume="allow",
-        )  # fmt: skip
-
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
-
-    def on_run_end(self, status: str) -> None:
-        self.run.finish(exit_code=0 if status == "finished" else 1)
-
-
-def _wandb_id(name: str) -> str:
-    return re.sub(r"[^\w-]", "-", name)[:120]
-
-
-def build_trackers(tracking: Any, log: Log) -> list[Callback]:
-    """The trackers that the `tracking` settings switch on, each on a thread of its own."""
-    made: list[Callback] = []
-    if tracking.tensorboard:
-        made.append(Background(TensorBoard, "TensorBoard", log))
-    for settings, tracker, name in ((tracking.comet, Comet, "Comet ML"), (tracking.wandb, Wandb, "Weights & Biases")):
-        arguments = asdict(settings)
-        if arguments.pop("enable"):
-            made.append(Background(partial(tracker, **arguments), name, log))
-    return made

@@ -51,10 +51,12 @@ from config import Config, as_dict, secret_values, take_values, to_yaml
 from config import load as load_config
 from dataset import composition
 from evaluate import evaluate
+from gallery import Gallery
 from optim import guarded_step
 from run import Run, build_run, is_resumed, name_the_run, publish
 from samples import Batch
 from tasks import get_task
+from timing import hint_about
 from tracking import Callback, Log, StepRecord, ValidationRecord
 from utils import (
     Meter,
@@ -95,31 +97,36 @@ def main(config: Config, callbacks: list[Callback] | None = None) -> dict[str, f
             status, metrics = train(run)
             return metrics
         except BaseException as error:
-            log.say(f"the run ended with {type(error).__name__}: {error}")
+            run.note("end", f"the run ended with {type(error).__name__}: {error}")
             raise
         finally:
-            for callback in run.callbacks:
-                callback.on_run_end(status)
             if world.is_main_process:
                 write_text(folder.path / "status.txt", status + "\n")
+            for callback in run.callbacks:
+                callback.on_run_end(status)
 
 
 def train(run: Run) -> tuple[str, dict[str, float]]:
     """The loop: (how it ended, the last validation's metrics)."""
     config, state = run.config, run.state
     metrics: dict[str, float] = {}
-    if config.train.resume_start_with_eval and (state.step or config.resume or config.model.pretrained != "none"):
-        metrics = validate(run, record=False)
+    if run.is_fine_tuned and not state.step:
+        metrics = measure_base(run)
+    elif config.train.resume_start_with_eval and (state.step or config.resume or config.model.pretrained != "none"):
+        metrics = score(run)[0].compute()
+        run.log.say("validation before the first step: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
     if state.step and not is_epoch_over(run) and is_validation_due(run):  # a signal came between step and validation
         metrics = validate(run)
         save(run)
     status = "stopped early" if is_out_of_patience(run) else "finished"
+    run.clock.restart()
     run.last_line = (time.monotonic(), state.step)
     run.bar = tqdm(total=run.epochs, initial=state.epoch, desc="epochs", disable=not show_progress(run))
     while (state.step < run.total_steps or is_epoch_over(run)) and status == "finished":
         begin_epoch(run)
         for micro_batches in epoch_steps(run):
-            train_step(run, micro_batches)
+            with run.clock.step():
+                train_step(run, micro_batches)
             if state.step % config.logging.log_frequency == 0:
                 report_step(run)
             if run.stopping or is_epoch_over(run) or state.step >= run.total_steps:
@@ -146,7 +153,7 @@ def train(run: Run) -> tuple[str, dict[str, float]]:
             save(run)
     run.bar.close()
     hint = "; continue with --resume" if run.stopping else ""
-    run.log.say(f"{status} after {state.step} steps; the run is in {run.folder.path}{hint}")
+    run.note("end", f"{status} after {state.step} steps; the run is in {run.folder.path}{hint}")
     return status, metrics
 
 
@@ -177,7 +184,7 @@ def train_mode(run: Run) -> None:
 def epoch_steps(run: Run) -> Iterator[list[Batch]]:
     """The micro-batches of each optimizer step, on the device."""
     micro_batches: list[Batch] = []
-    for batch in run.train_loader:
+    for batch in run.clock.batches(run.train_loader):
         batch = batch.to(run.world.device)
         if run.config.train.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
@@ -273,7 +280,7 @@ def settle(run: Run) -> None:
     if bad:
         state.skipped += 1
         state.bad_in_a_row += 1
-        run.log.say(f"step {state.step}: loss or gradient is not finite; the step was skipped")
+        run.note("skipped", f"step {state.step}: loss or gradient is not finite; the step was skipped")
         scale = run.scaler.get_scale() if run.scaler.is_enabled() else math.inf
         if state.bad_in_a_row >= run.config.train.max_bad_steps or scale < 1:
             raise UserError(
@@ -284,9 +291,10 @@ def settle(run: Run) -> None:
         state.bad_in_a_row = 0
         if norm > NORM_TO_WARN_OF and not state.warned_norm:
             state.warned_norm = True
-            run.log.say(
+            run.note(
+                "warning",
                 f"the gradient norm is {norm:.0f}: usual causes are a learning rate that is too high, no warm-up, "
-                "masks in another range than 0..1, or very small batches; train.max_grad_norm clips it"
+                "masks in another range than 0..1, or very small batches; train.max_grad_norm clips it",
             )
 
 
@@ -299,6 +307,7 @@ def report_step(run: Run) -> None:
     now, (then, step_then) = time.monotonic(), run.last_line
     speed = (state.step - step_then) / max(now - then, 1e-9)
     run.last_line = (now, state.step)
+    times = run.clock.read(run.model)
     group = run.optimizer.param_groups[0]
     counted = {name: round(last.pop(f"samples/{name}")) for name in run.dataset_names}
     total = {name: state.composition.get(name, 0) + round(sums[f"samples/{name}"])
@@ -319,36 +328,35 @@ def report_step(run: Run) -> None:
         steps_per_second=speed,
         eta_seconds=(run.total_steps - state.step) / max(speed, 1e-9),
         skipped=state.skipped,
+        times=times,
     )
     run.bar.set_postfix({name: f"{means[name]:.3f}" for name in ("loss", run.best_metric)}, refresh=False)
     for callback in run.callbacks:
         callback.on_step(record)
     state.records += 1
+    say_what_wastes(run, times)
+
+
+def say_what_wastes(run: Run, times: dict[str, float]) -> None:
+    """A hint, once, about what took too much of the time of two printed lines in a row."""
+    hint = hint_about(times, run.world.device)
+    name = hint[0] if hint else ""
+    if hint and name == run.hint and name not in run.hinted:
+        run.hinted.add(name)
+        run.note("hint", hint[1])
+    run.hint = name
 
 
 # ---------------------------------------------------------------- validation, saving, resuming
 
 
-def validate(run: Run, record: bool = True) -> dict[str, float]:
+def validate(run: Run) -> dict[str, float]:
     """Score the model (its average, where there is one), note the best, and tell the callbacks."""
     state = run.state
     if run.val_loader is None:
         return {}
-    model = run.ema.module if run.ema else run.raw_model
-    metric = evaluate(
-        model,
-        run.val_loader,
-        run.task.metric(),
-        world=run.world,
-        precision=run.precision,
-        tta=run.config.evaluation.tta,
-        progress=show_progress(run),
-    )
-    train_mode(run)
+    metric, gallery = score(run)
     values = metric.compute()
-    if not record:
-        run.log.say("validation before the first step: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        return values
     value, higher = values[run.best_metric], metric.higher_is_better[run.best_metric]
     is_best = is_better(value, state.best, higher)
     if is_best:
@@ -357,13 +365,60 @@ def validate(run: Run, record: bool = True) -> dict[str, float]:
         state.waited += 1
     state.validated_step = state.step
     run.schedule.on_validation(value, higher)
-    rows = [asdict(row) for row in metric.rows]
-    result = ValidationRecord(state.epoch + 1, state.step, values, metric.per_dataset(), rows, is_best)
-    for callback in run.callbacks:
-        callback.on_validation(result)
-    state.records += 1
-    run.last_line = (time.monotonic(), state.step)  # the next line's speed is that of training alone
+    tell_validation(run, metric, values, gallery, is_best=is_best)
     return values
+
+
+def measure_base(run: Run) -> dict[str, float]:
+    """Before fine-tuning: the score of the model that it starts from, which every later one is compared with."""
+    if run.val_loader is None:
+        return {}
+    metric, gallery = score(run)
+    run.state.base = metric.compute()
+    tell_validation(run, metric, run.state.base, gallery, is_base=True)
+    return run.state.base
+
+
+def score(run: Run) -> tuple[Any, Gallery]:
+    """(metric of all validation samples, the masks worth looking at)."""
+    metric = run.metric()
+    gallery = Gallery(run.task.masks, metric)
+    evaluate(
+        run.ema.module if run.ema else run.raw_model,
+        run.val_loader,
+        metric,
+        world=run.world,
+        precision=run.precision,
+        tta=run.config.evaluation.scales,
+        progress=show_progress(run),
+        gallery=gallery,
+    )
+    train_mode(run)
+    return metric, gallery
+
+
+def tell_validation(run: Run, metric: Any, values: dict[str, float], gallery: Gallery, **flags: bool) -> None:
+    """Tell the callbacks of a validation, with the samples to look at."""
+    state = run.state
+    best, worst = gallery.collect(run.world, run.val_loader.dataset.reader, run.task.panels)
+    record = ValidationRecord(
+        epoch=state.epoch + (state.step > 0),
+        step=state.step,
+        metrics=values,
+        per_dataset=metric.per_dataset(),
+        rows=[vars(row) for row in metric.rows],
+        primary=metric.primary,
+        higher_is_better=metric.higher_is_better,
+        base={} if flags.get("is_base") else state.base,
+        best=best,
+        worst=worst,
+        **flags,
+    )
+    for callback in run.callbacks:
+        callback.on_validation(record)
+    state.records += 1
+    run.clock.restart()
+    run.last_line = (time.monotonic(), state.step)  # the next line's speed is that of training alone
 
 
 def is_validation_due(run: Run) -> bool:

@@ -61,6 +61,14 @@ class World:
         dist.broadcast_object_list(holder, src=0)
         return holder[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
 
 def join_world(device: str = "auto", timeout_minutes: float = 30) -> World:
     """Read the launcher's variables (torchrun's and accelerate's are the same) and open the process group.
@@ -90,6 +98,34 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not there; try --device cpu")
     return device
+
+
+def environment(world: World | None = None) -> dict[str, str]:
+    """What this runs on, by name, to paste into a report."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torchvision
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed under this name"
+
+    found = {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": torch.__version__,  # with the index it came from, which must be that of torchvision
+        "torchvision": torchvision.__version__,
+        **{name: installed(name) for name in ("timm", "albumentations", "opencv-python-headless", "numpy")},
+        "CUDA devices": str(torch.cuda.device_count()),
+        "MPS": str(torch.backends.mps.is_available()),
+        "cores": str(os.cpu_count()),
+    }
+    if world is None:
+        return found
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
+    return {**found, "processes": str(world.size), "device": device}
 
 
 def peak_memory(world: World) -> str:

@@ -26,7 +26,8 @@ from tests.helpers import (
     records,
     run_script,
 )
-from tracking import Background, Callback, StepRecord, ValidationRecord
+from trackers import Background
+from tracking import Callback, StepRecord, ValidationRecord
 
 STEP = ["--logging.log_frequency", "1", "--checkpoint.save_last", "0", "--test_limit", "2"]
 
