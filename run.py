@@ -215,6 +215,7 @@ def build_run(
         if not resumed:
             folder.clear()
         folder.sweep()
+        (folder.path / "status.txt").unlink(missing_ok=True)  # a resumed run has not ended
         log.open(folder.path / "train.log")
         write_text(folder.path / "config.yml", to_yaml(config))
         description = describe(run, {"training": readers[0], "validation": readers[1]})
