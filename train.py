@@ -23,6 +23,8 @@ ACTIONS = {
     "check_data": "decode all data, list every fault, and stop",
     "preview": "write a contact sheet of augmented samples, and stop",
     "dry_run": "build everything, run one step, print what it takes, and stop",
+    "find_lr": "try rising learning rates, draw the loss over them, suggest one, and stop",
+    "profile": "record some steps, write a trace and the operators that take longest, and stop",
     "version": "print the versions of what this runs on, and stop",
     "debug": "show the traceback of a user error",
     "help": "this page",
@@ -34,9 +36,9 @@ if __name__ == "__main__":
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from tqdm import tqdm
 
 from build import model_settings
 from checkpoint import RunFolder, RunLock, write_text
-from commands import check_data, create_config, preview, version
+from commands import check_data, create_config, dry_run, find_lr, preview, profile, version
 from config import Config, as_dict, secret_values, take_values, to_yaml
 from config import load as load_config
 from dataset import composition
@@ -55,6 +57,7 @@ from gallery import Gallery
 from optim import guarded_step
 from run import Run, build_run, is_resumed, name_the_run, publish
 from samples import Batch
+from settings import TrackingSettings
 from tasks import get_task
 from timing import hint_about
 from tracking import Callback, Log, StepRecord, ValidationRecord
@@ -65,7 +68,6 @@ from utils import (
     join_world,
     leave_world,
     norm_statistics,
-    peak_memory,
     seed_everything,
     sync_buffers,
     tensors_in,
@@ -508,29 +510,34 @@ def show_progress(run: Run) -> bool:
 # ---------------------------------------------------------------- the other commands
 
 
-def dry_run(config: Config) -> None:
-    """`--dry_run`: build everything, take one step and say what it takes, in a run folder that goes with it."""
+@contextmanager
+def rehearsal(config: Config) -> Iterator[tuple[Run, Callable[[], None]]]:
+    """(a run, what takes its next step) for commands that only try some; the run folder goes with it."""
     world = join_world(config.device, config.distributed.timeout_minutes)
     log = Log(secret_values(config), config.logging.color, quiet=not world.is_main_process)
-    log.say(to_yaml(config))
     with ExitStack() as at_the_end:
         at_the_end.callback(leave_world)
         folder = RunFolder(Path(at_the_end.enter_context(tempfile.TemporaryDirectory())))
         at_the_end.callback(log.close)
-        run = build_run(config, world, get_task(config.task), folder, log, resumed=False, callbacks=[])
+        untracked = replace(config, tracking=TrackingSettings())
+        run = build_run(untracked, world, get_task(config.task), folder, log, resumed=False, callbacks=[])
         at_the_end.callback(run.stop.restore)
+        steps = endless_steps(run)
+
+        def take_step() -> None:
+            micro_batches = next(steps)
+            with run.clock.step():
+                train_step(run, micro_batches)
+
+        yield run, take_step
+
+
+def endless_steps(run: Run) -> Iterator[list[Batch]]:
+    """The steps of one epoch after the other."""
+    while True:
         begin_epoch(run)
-        micro_batches = next(epoch_steps(run))
-        started = time.monotonic()
-        train_step(run, micro_batches)
-        means, _, _ = run.meter.read()
-        took = time.monotonic() - started
-        parameters = list(run.raw_model.parameters())
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        size = tuple(micro_batches[0].images.shape)
-        log.say(", ".join(f"{name} {value:.4f}" for name, value in means.items()))
-        log.say(f"parameters: {sum(p.numel() for p in parameters):,}, of which {trainable:,} train")
-        log.say(f"one step of {len(micro_batches)} x {size}: {took:.2f} s, {peak_memory(world)}")
+        yield from epoch_steps(run)
+        run.state.epoch, run.state.micro_step = run.state.epoch + 1, 0
 
 
 def launch(devices: int) -> None:
@@ -541,7 +548,7 @@ def launch(devices: int) -> None:
 
 def command() -> None:
     """Read the command line and do what it says."""
-    actions = ("print_config", "check_data", "preview", "dry_run", "version", "debug")
+    actions = ("print_config", "check_data", "preview", "dry_run", "find_lr", "profile", "version", "debug")
     names = {flag: flag[2:].replace("-", "_") for flag in sys.argv[1:] if flag.startswith("--")}
     named = set(names.values()) & set(actions)
     flags = [flag for flag in sys.argv[1:] if names.get(flag) not in actions]
@@ -554,9 +561,13 @@ def command() -> None:
         return print(to_yaml(config), end="")
     if creates:
         return create_config(config, Path(targets[0] if targets else "config.yml"))
-    for word, act in (("check_data", check_data), ("preview", preview), ("dry_run", dry_run)):
+    for word, act in (("check_data", check_data), ("preview", preview)):
         if word in named:
             return act(config)
+    for word, trial in (("dry_run", dry_run), ("find_lr", find_lr), ("profile", profile)):
+        if word in named:
+            with rehearsal(config) as (run, take_step):
+                return trial(run, take_step)
     if config.distributed.devices > 1 and "WORLD_SIZE" not in os.environ:
         launch(config.distributed.devices)
     for secret in secret_values(config):  # trackers note the command line
