@@ -238,6 +238,7 @@ class TrackingSettings:
     """Trackers."""
 
     tensorboard: bool = setting(False, "write TensorBoard files into the run folder", volatile=True)
+    log_best_weights: bool = setting(False, "at the end upload best.pth to Comet ML and W&B", volatile=True)
     comet: CometSettings = field(default_factory=CometSettings)
     wandb: WandbSettings = field(default_factory=WandbSettings)
 

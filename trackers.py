@@ -1,157 +1,186 @@
-"""The trackers: TensorBoard, Comet ML and Weights & Biases, each behind `Background`.
+"""The trackers, TensorBoard, Comet ML and Weights & Biases: one callback that tells each of them, in its own process.
 
-There it runs on a thread of its own and can be slow, dead or broken without the run noticing.
+What stands there is tracker_process.py. A tracker can be slow, dead or broken without the run noticing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-import queue
-import re
+import pickle
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gallery import Picture
+from settings import TrackingSettings
+from tracker_process import TRACKERS
 from tracking import Callback, Event, Log, RunInfo, StepRecord, ValidationRecord
 
+PROGRAM = Path(__file__).with_name("tracker_process.py")
+PATIENCE, PATIENCE_WITH_WEIGHTS = 30.0, 600.0  # seconds for all trackers together, at the end of a run
 
-class Background(Callback):
-    """Runs another callback on its own thread: it may be slow (a full queue drops records) or fail (it is left)."""
 
-    def __init__(self, make: Callable[[], Callback], name: str, log: Log, patience_seconds: float = 20) -> None:
-        self.make, self.name, self.log, self.patience = make, name, log, patience_seconds
-        self.queue: queue.Queue[tuple[str, Any] | None] = queue.Queue(maxsize=1000)
-        self.thread = threading.Thread(target=self._work, daemon=True, name=name)
-        self.thread.start()
+class Trackers(Callback):
+    """Tells the trackers that the settings switch on what happens in a run."""
 
-    def _work(self) -> None:
-        try:
-            callback = self.make()
-            while (job := self.queue.get()) is not None:
-                getattr(callback, job[0])(job[1])
-        except Exception as error:
-            self.log.say(f"tracker {self.name} is lost ({type(error).__name__}: {error}); the run goes on without it")
-
-    def _put(self, method: str, argument: Any) -> None:
-        if self.thread.is_alive() and not self.queue.full():
-            self.queue.put((method, argument))
+    def __init__(self, settings: TrackingSettings, log: Log, patience: float | None = None) -> None:
+        self.settings, self.log, self.patience = settings, log, patience
+        self.trackers: list[Background] = []
+        self.run_dir = Path()
 
     def on_run_start(self, run: RunInfo) -> None:
-        self._put("on_run_start", run)
-
-    def on_step(self, record: StepRecord) -> None:
-        self._put("on_step", record)
-
-    def on_validation(self, record: ValidationRecord) -> None:
-        self._put("on_validation", record)
-
-    def on_event(self, event: Event) -> None:
-        self._put("on_event", event)
-
-    def on_run_end(self, status: str) -> None:
-        self._put("on_run_end", status)
-        if self.thread.is_alive() and not self.queue.full():
-            self.queue.put(None)
-        self.thread.join(self.patience)
-
-
-class Scalars(Callback):
-    """What the three trackers share: named numbers at a step."""
-
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        raise TypeError("a tracker says how it logs")
+        self.run_dir = run.run_dir.resolve()
+        told = {
+            "name": run.name, "run_id": run.run_id, "run_dir": str(self.run_dir), "step": run.step,
+            "resumed": run.resumed, "config": run.config,
+        }  # fmt: skip
+        self.trackers = [Background(key, settings, told, self.log) for key, settings in enabled(self.settings).items()]
 
     def on_step(self, record: StepRecord) -> None:
         values = {f"train/{name}": value for name, value in record.last.items()}
-        extra = {"lr": record.lr, "grad_norm": record.grad_norm, "steps_per_second": record.steps_per_second}
-        self.log_scalars({**values, **extra}, record.step)
+        values |= {f"time/{name}": share for name, share in record.times.items()}
+        values |= {"lr": record.lr, "grad_norm": record.grad_norm, "steps_per_second": record.steps_per_second}
+        self._tell("scalars", "train", record.step, values)
 
     def on_validation(self, record: ValidationRecord) -> None:
-        self.log_scalars({f"val/{name}": value for name, value in record.metrics.items()}, record.step)
+        kind = "base" if record.is_base else "val"
+        values = {f"val/{name}": value for name, value in record.metrics.items()}
+        if not record.is_base:
+            values |= {f"val/{name}_vs_base": record.metrics[name] - value for name, value in record.base.items()}
+        self._tell("scalars", kind, record.step, values)
+        scores = [score for row in record.rows if math.isfinite(score := row["scores"][record.primary])]
+        if scores:
+            self._tell("histogram", kind, record.step, {f"val/{record.primary} of each sample": scores})
+        if pictures := [*named("best", record.best), *named("worst", record.worst)]:
+            self._tell("pictures", kind, record.step, pictures)
 
-
-class TensorBoard(Scalars):
-    """Event files under `<run>/tensorboard`."""
-
-    def on_run_start(self, run: RunInfo) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # What was written after the checkpoint that a resumed run starts from is taken back.
-        self.writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=run.step + 1 if run.resumed else None)
-
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+    def on_event(self, event: Event) -> None:
+        self._tell("text", "event", event.step, f"{event.kind}: {event.text}")
 
     def on_run_end(self, status: str) -> None:
-        self.writer.close()
+        weights = self.run_dir / "best.pth"
+        uploads = self.settings.log_best_weights and status in ("finished", "stopped early") and weights.exists()
+        for tracker in self.trackers:
+            tracker.end(status, str(weights) if uploads else "")
+        patience = self.patience or (PATIENCE_WITH_WEIGHTS if uploads else PATIENCE)
+        deadline = time.monotonic() + patience
+        for tracker in self.trackers:
+            tracker.wait(deadline)
+
+    def _tell(self, *message: Any) -> None:
+        for tracker in self.trackers:
+            tracker.tell(message)
 
 
-class Comet(Scalars):
-    """Comet ML, online or as an offline archive in the run folder."""
-
-    def __init__(self, *, api_key: str, workspace: str, project_name: str, offline: bool) -> None:
-        self.api_key, self.workspace, self.project_name, self.offline = api_key, workspace, project_name, offline
-
-    def on_run_start(self, run: RunInfo) -> None:
-        import comet_ml
-
-        # The project's code, its environment and what it prints are the user's own business.
-        settings: dict[str, Any] = {"log_code": False, "log_env_details": False, "auto_output_logging": False}
-        settings |= {"workspace": self.workspace or None, "project_name": self.project_name or None}
-        self.experiment: Any
-        if self.offline:
-            self.experiment = comet_ml.OfflineExperiment(offline_directory=str(run.run_dir / "comet"), **settings)
-        else:
-            key = self.api_key or os.environ.get("COMET_API_KEY")
-            self.experiment = comet_ml.Experiment(api_key=key, **settings)
-        self.experiment.set_name(run.name)
-        self.experiment.log_parameters(run.config)
-
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        self.experiment.log_metrics(values, step=step)
-
-    def on_run_end(self, status: str) -> None:
-        self.experiment.end()
+def enabled(settings: TrackingSettings) -> dict[str, dict[str, Any]]:
+    """The own settings of each tracker that is switched on, by its key in TRACKERS."""
+    found: dict[str, dict[str, Any]] = {"tensorboard": {}} if settings.tensorboard else {}
+    for key, own in (("comet", settings.comet), ("wandb", settings.wandb)):
+        if own.enable:
+            found[key] = asdict(own)
+    return found
 
 
-class Wandb(Scalars):
-    """Weights & Biases, online or offline."""
+def named(which: str, pictures: list[Picture]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(name that stays the same over validations, caption, the panels side by side) of each."""
+    for rank, picture in enumerate(pictures, 1):
+        caption = f"{picture.dataset}/{picture.sample_id} {picture.score:.4f}"
+        yield f"{which}/{rank:02d}", caption, np.concatenate(list(picture.panels.values()), axis=1)
 
-    def __init__(self, *, api_key: str, entity: str, project: str, offline: bool) -> None:
-        self.api_key, self.entity, self.project, self.offline = api_key, entity, project, offline
 
-    def on_run_start(self, run: RunInfo) -> None:
-        import wandb
+class Background:
+    """A tracker in a process of its own, fed by a thread. Telling it something never waits.
 
-        if self.api_key and not self.offline:
-            wandb.login(key=self.api_key)
-        mode: Any = "offline" if self.offline else "online"
-        self.run = wandb.init(
-            entity=self.entity or None, project=self.project or None, name=run.name, id=_wandb_id(run.name),
-            dir=str(run.run_dir), config=run.config, mode=mode, resume="allow",
+    What the process has not taken yet is bounded: of a thousand messages the oldest are dropped, and of pictures only
+    the newest are kept. Start and end are never dropped.
+    """
+
+    def __init__(self, key: str, settings: dict[str, Any], run: dict[str, Any], log: Log) -> None:
+        self.name, self.log = TRACKERS[key].name, log
+        self.waiting: dict[bool, deque[Any]] = {False: deque(maxlen=1000), True: deque(maxlen=1)}
+        self.last: tuple[str, str] | None = None
+        self.dropped = 0
+        self.is_left = False
+        self.changed = threading.Condition()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.thread = threading.Thread(target=self._work, args=((key, settings, run),), daemon=True)
+        self.thread.start()
+
+    def tell(self, message: tuple[Any, ...]) -> None:
+        """Pass on (method, kind, step, content)."""
+        with self.changed:
+            waiting = self.waiting[message[0] == "pictures"]
+            self.dropped += len(waiting) == waiting.maxlen
+            waiting.append(message)
+            self.changed.notify()
+
+    def end(self, status: str, weights: str) -> None:
+        """Pass on that this was all."""
+        with self.changed:
+            self.last = (status, weights)
+            self.changed.notify()
+
+    def wait(self, deadline: float) -> None:
+        """Let it finish until `deadline` of `time.monotonic`, then end its process."""
+        self.thread.join(max(0.0, deadline - time.monotonic()))
+        if self.thread.is_alive():
+            self.is_left = True
+            self.log.say(f"tracker {self.name} did not finish in time and was left: the last of its data is missing")
+            if self.process:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+        elif self.dropped:
+            self.log.say(f"tracker {self.name} was too slow: it missed {self.dropped} records")
+
+    def _work(self, start: tuple[Any, ...]) -> None:
+        try:
+            reason = self._feed(start)
+        except OSError as error:
+            reason = str(error)
+        if reason and not self.is_left:
+            self.log.say(f"tracker {self.name} is lost: {' '.join(reason.split())}; the run goes on without it")
+
+    def _feed(self, start: tuple[Any, ...]) -> str:
+        """Pass on all that comes; returns why the process ended, where it was not for the end of the run."""
+        # In a session of its own: Ctrl-C and a launcher's signals are the run's, which then tells it to end.
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
+        assert self.process.stdin
+        assert self.process.stdout
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
+            for message in self._messages(start):
+                pickle.dump(message, pipe)
+                pipe.flush()
+        reason = self.process.stdout.read().decode(errors="replace")
+        code = self.process.wait()
+        return (reason or f"its process ended with code {code}") if code else ""
 
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+    def _messages(self, start: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        yield start
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: any(self.waiting.values()) or self.last)
+                found = next((waiting.popleft() for waiting in self.waiting.values() if waiting), None)
+            if not found:
+                assert self.last
+                yield self.last
+                return
+            yield found
 
-    def on_run_end(self, status: str) -> None:
-        self.run.finish(exit_code=0 if status == "finished" else 1)
 
-
-def _wandb_id(name: str) -> str:
-    return re.sub(r"[^\w-]", "-", name)[:120]
-
-
-def build_trackers(tracking: Any, log: Log) -> list[Callback]:
-    """The trackers that the `tracking` settings switch on, each on a thread of its own."""
-    made: list[Callback] = []
-    if tracking.tensorboard:
-        made.append(Background(TensorBoard, "TensorBoard", log))
-    for settings, tracker, name in ((tracking.comet, Comet, "Comet ML"), (tracking.wandb, Wandb, "Weights & Biases")):
-        arguments = asdict(settings)
-        if arguments.pop("enable"):
-            made.append(Background(partial(tracker, **arguments), name, log))
-    return made
+def build_trackers(settings: TrackingSettings, log: Log) -> list[Callback]:
+    """The trackers that the `tracking` settings switch on."""
+    return [Trackers(settings, log)] if enabled(settings) else []

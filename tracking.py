@@ -11,9 +11,10 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -116,6 +117,35 @@ class Callback:
         """At the end, however it comes: finished, stopped …, or failed."""
 
 
+class Dispensable(Callback):
+    """A callback that the run can do without: when it fails, that is said once, and it hears no more."""
+
+    def __init__(self, callback: Callback, log: Log) -> None:
+        self.callback, self.log = callback, log
+
+    def _tell(self, method: str, argument: Any) -> None:
+        try:
+            getattr(self.callback, method)(argument)
+        except Exception as error:
+            name, self.callback = type(self.callback).__name__, Callback()
+            self.log.say(f"{name} is lost ({type(error).__name__}: {error}); the run goes on without it")
+
+    def on_run_start(self, run: RunInfo) -> None:
+        self._tell("on_run_start", run)
+
+    def on_step(self, record: StepRecord) -> None:
+        self._tell("on_step", record)
+
+    def on_validation(self, record: ValidationRecord) -> None:
+        self._tell("on_validation", record)
+
+    def on_event(self, event: Event) -> None:
+        self._tell("on_event", event)
+
+    def on_run_end(self, status: str) -> None:
+        self._tell("on_run_end", status)
+
+
 # ---------------------------------------------------------------- the log
 
 
@@ -129,21 +159,17 @@ class Log:
         self.secrets, self.quiet = sorted(secrets, key=len, reverse=True), quiet
         self.file: TextIO | None = None
         self.waiting: list[str] = []
-        is_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        self.colored = color == "always" or (color == "auto" and is_terminal)
+        self.is_terminal = sys.stdout.isatty()
+        wants_color = self.is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.colored = color == "always" or (color == "auto" and wants_color)
 
-    def say(self, text: str, color: str = "") -> None:
-        """One line; `color` is a key of COLORS."""
-        text = self.redact(text)
+    def say(self, text: str | list[str], color: str = "") -> None:
+        """One line; `color` is a key of COLORS. A list is the fields of a line that a narrow terminal breaks."""
+        fields = [self.redact(each) for each in ([text] if isinstance(text, str) else text)]
         if not self.quiet:
-            shown = f"{COLORS[color]}{text}{Style.RESET_ALL}" if self.colored and color else text
-            tqdm.write(shown, file=sys.stdout)
-            sys.stdout.flush()
-        line = time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n"
-        if self.file:
-            self.file.write(line)
-        else:
-            self.waiting.append(line)
+            shown = fold(fields, shutil.get_terminal_size().columns) if self.is_terminal else ", ".join(fields)
+            self._show(f"{COLORS[color]}{shown}{Style.RESET_ALL}" if self.colored and color else shown)
+        self._write(", ".join(fields))
 
     def open(self, path: Path) -> None:
         """Append to a file from here on."""
@@ -160,9 +186,39 @@ class Log:
         if self.file:
             self.file.close()
 
+    def _show(self, line: str) -> None:
+        """Print; when the terminal or the reader of a pipe has gone away, training goes on without them."""
+        try:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            self.quiet = True
+            # What Python still holds for the lost output would fail once more at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self._write(f"the console is lost ({error.strerror}); from here on this file alone is written")
+
+    def _write(self, line: str) -> None:
+        line = time.strftime("%Y-%m-%d %H:%M:%S ") + line + "\n"
+        if self.file:
+            self.file.write(line)
+        else:
+            self.waiting.append(line)
+
+
+def fold(fields: list[str], width: int) -> str:
+    """Fields joined by commas, in lines of less than `width` characters; a field is never broken."""
+    lines = [fields[0]]
+    for each in fields[1:]:
+        if len(lines[-1]) + len(each) + len(", ,") < width:
+            lines[-1] += f", {each}"
+        else:
+            lines[-1] += ","
+            lines.append(f"  {each}")
+    return "\n".join(lines)
+
 
 class Console(Callback):
-    """The line of a training step, and the validation's."""
+    """The line of a training step with its legend, and the validation's."""
 
     def __init__(self, log: Log, color_of: Callable[[dict[str, float]], str]) -> None:
         self.log, self.color_of = log, color_of
@@ -170,19 +226,39 @@ class Console(Callback):
 
     def on_run_start(self, run: RunInfo) -> None:
         self.labels = run.task.console
+        for line in legend(self.labels):
+            self.log.say(line)
 
     def on_step(self, record: StepRecord) -> None:
-        self.log.say(step_line(record, self.labels), self.color_of(record.last))
+        self.log.say(step_fields(record, self.labels), self.color_of(record.last))
 
     def on_validation(self, record: ValidationRecord) -> None:
-        values = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
-        self.log.say(f"validation after epoch {record.epoch}, step {record.step}: {values}"
-                     + (" (best so far)" if record.is_best else ""))  # fmt: skip
+        what = "the base model" if record.is_base else f"validation after epoch {record.epoch}, step {record.step}"
+        base = {} if record.is_base else record.base
+        fields = [
+            f"{name} {value:.4f}" + (f" ({value - base[name]:+.4f})" if name in base else "")
+            for name, value in record.metrics.items()
+        ]
+        fields[-1] += " (best so far)" if record.is_best else ""
+        self.log.say([f"{what}: {fields[0]}", *fields[1:]])
+        if record.primary in base:
+            self.log.say(compared(record))
 
 
-def step_line(record: StepRecord, labels: list[tuple[str, str]]) -> str:
+def legend(labels: list[tuple[str, str]]) -> list[list[str]]:
+    """The fields of two lines that explain the console line."""
+    metrics = [f"{label} {name.replace('_', ' ')}" for label, name in [("L", "loss"), *labels]]
+    second = "the second BC" if "BC" in dict(labels) else "BC"
+    return [
+        ["E epoch - step", *metrics, "each as its mean over the epoch so far and with B of the last step"],
+        ["LR learning rate", "M momentum", "GN gradient norm before clipping",
+         f"{second} samples of each data set in the last step", "TBC in the run", "It/s steps a second",
+         f"T percent of the time for {_counts({name: name for name in TIMES})}"],
+    ]  # fmt: skip
+
+
+def step_fields(record: StepRecord, labels: list[tuple[str, str]]) -> list[str]:
     """The console line; `labels` are (short name, metric), each shown as epoch mean and batch value."""
-    parts = [f"E{record.epoch} - {record.step_in_epoch}/{record.steps_per_epoch}"]
     fields = []
     for label, name in [("L", "loss"), *labels]:
         if name in record.last:
@@ -191,11 +267,24 @@ def step_line(record: StepRecord, labels: list[tuple[str, str]]) -> str:
     fields += [f"BC: {_counts(record.composition)}", f"TBC: {_counts(record.total_composition)}"]
     speed = record.steps_per_second
     fields += [f"It/s: {speed:.{1 if speed >= 1 else 2}f}", f"ETA: {timedelta(seconds=round(record.eta_seconds))}"]
-    return " - ".join([*parts, ", ".join(fields)])
+    if record.times:
+        fields.append(f"T: {_counts({name: round(100 * record.times[name]) for name in TIMES})}")
+    return [f"E{record.epoch} - {record.step_in_epoch}/{record.steps_per_epoch} - {fields[0]}", *fields[1:]]
 
 
-def _counts(composition: dict[str, int]) -> str:
-    return "\\".join(str(count) for count in composition.values())
+def compared(record: ValidationRecord) -> str:
+    """How the primary metric compares with the base model's, as a sentence."""
+    name = record.primary
+    gain = record.metrics[name] - record.base[name]
+    if not record.higher_is_better[name]:
+        gain = -gain
+    if f"{abs(gain):.4f}" == "0.0000":
+        return f"as good as the base model ({name})"
+    return f"{'better' if gain > 0 else 'worse'} than the base model by {abs(gain):.4f} ({name})"
+
+
+def _counts(composition: Mapping[str, object]) -> str:
+    return "\\".join(map(str, composition.values()))
 
 
 def _number(value: float) -> str:
