@@ -34,10 +34,11 @@ from checkpoint import CheckpointError, RunFolder, RunState, load_weights, read_
 from config import Config, as_dict, changed, differences, from_dict, read_yaml, to_yaml
 from errors import UserError
 from optim import Schedule
+from report import Report
 from tasks import Task
 from timing import StepClock
 from trackers import build_trackers
-from tracking import Callback, Console, Event, Log, Records, RunInfo
+from tracking import Callback, Console, Dispensable, Event, Log, Records, RunInfo
 from utils import (
     EMA,
     DelayedFlags,
@@ -229,14 +230,18 @@ def begin_telling(run: Run, resumed: bool, run_id: str, callbacks: list[Callback
     """From here on the console, the records, the report, the trackers and the user's own callbacks hear of the run."""
     config, log, folder, state = run.config, run.log, run.folder, run.state
     run.callbacks = [Console(log, lambda scores: run.task.color(scores, config.logging)), Records(folder.path),
-                     *build_trackers(config.tracking, log), *callbacks]  # fmt: skip
+                     *(Dispensable(each, log) for each in (Report(folder.path), *build_trackers(config.tracking, log))),
+                     *callbacks]  # fmt: skip
     info = RunInfo(folder.name, folder.path, as_dict(config), resumed, state.records, state.step, run.task, run_id)
     for callback in run.callbacks:
         callback.on_run_start(info)
     for event in run.early_events:
         for callback in run.callbacks:
             callback.on_event(event)
-    run.note("resume" if state.step else "start", what_runs(run))
+    if resumed:
+        log.say(what_runs(run))  # its event was the resume
+    else:
+        run.note("start", what_runs(run))
 
 
 def what_runs(run: Run) -> str:
