@@ -56,9 +56,10 @@ class StreamingMetric:
 
     def means(self, rows: list[Row]) -> dict[str, float]:
         """`compute` for some rows. Samples without a score are left out of its mean, which is NaN where none has it."""
-        return {name: self._mean(name, rows) for name in self.higher_is_better}
+        return {name: self.mean(name, rows) for name in self.higher_is_better}
 
-    def _mean(self, name: str, rows: list[Row]) -> float:
+    def mean(self, name: str, rows: list[Row]) -> float:
+        """Mean of one score over some rows."""
         values = [row.scores[name] for row in rows]
         if name in self.maybe_undefined:
             values = [value for value in values if not math.isnan(value)] or [math.nan]
