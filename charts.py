@@ -87,8 +87,8 @@ def line_chart(
     `log`: a logarithmic axis where all values are positive and span two decades. `level` is the base model's value,
     `best` (step, value) of the best validation.
     """
-    drawn = np.concatenate([curve.means for curve in curves] + ([np.array([level])] if level is not None else []))
-    y = value_scale(drawn[np.isfinite(drawn)], log)
+    drawn = [value for curve in curves for value in (*curve.means, *_usual(curve))]
+    y = value_scale(np.array([*drawn, math.nan if level is None else level]), log)
     x = step_scale(marks)
     parts = [_curve(curve, x, y) for curve in curves]
     keys = [_key(curve.color, curve.name, _last(curve.means)) for curve in curves]
@@ -101,7 +101,7 @@ def line_chart(
         keys.append(_key("best", "best", number(value)))
     data = {"to": x.high, "curves": [_data(curve.steps, curve.means) for curve in curves]}
     labels = [number_short(tick) for tick in y.ticks]
-    return _figure(title, keys, _frame(x, y, labels), "".join(parts) + _marks(marks, x), data)
+    return _figure(title, keys, _frame(x, y, labels) + _marks(marks, x), "".join(parts), data)
 
 
 def share_chart(title: str, curves: Sequence[Curve], marks: Marks) -> str:
@@ -116,13 +116,13 @@ def share_chart(title: str, curves: Sequence[Curve], marks: Marks) -> str:
     keys = [_key(f"{curve.color} block", curve.name, _last(curve.means, "%")) for curve in curves]
     data = {"to": x.high, "unit": "%", "curves": [_data(curve.steps, curve.means) for curve in curves]}
     labels = [f"{tick:.0%}" for tick in y.ticks]
-    return _figure(title, keys, _frame(x, y, labels), "".join(parts) + _marks(marks, x), data)
+    return _figure(title, keys, _frame(x, y, labels) + _marks(marks, x), "".join(parts), data)
 
 
-def histogram(title: str, values: np.ndarray, bins: int = 20) -> str:
+def histogram(title: str, note: str, values: np.ndarray) -> str:
     """How many of (n,) finite values lie where, n > 0; over 0..1 where all of them do."""
     is_share = values.min() >= 0 and values.max() <= 1
-    counts, edges = np.histogram(values, bins, range=(0, 1) if is_share else None)
+    counts, edges = np.histogram(values, 20, range=(0, 1) if is_share else None)
     x = Scale(edges[0], edges[-1], LEFT, RIGHT, ticks=nice_ticks(edges[0], edges[-1]))
     y = Scale(0, counts.max(), BOTTOM, TOP, ticks=sorted({round(tick) for tick in nice_ticks(0, counts.max())}))
     bars = []
@@ -133,7 +133,7 @@ def histogram(title: str, values: np.ndarray, bins: int = 20) -> str:
             f'height="{BOTTOM - y(count):.1f}"><title>{words}</title></rect>'
         )
     frame = _frame(x, y, [str(tick) for tick in y.ticks])
-    return _figure(title, [], frame, "".join(bars), None)
+    return _figure(title, [f"<li>{escape(note)}</li>"], frame, "".join(bars), None)
 
 
 # ---------------------------------------------------------------- scales and numbers
@@ -145,12 +145,13 @@ def step_scale(marks: Marks) -> Scale:
 
 
 def value_scale(values: np.ndarray, log: bool) -> Scale:
-    """The vertical axis of finite (n,) values, which may be none."""
+    """The vertical axis of (n,) values, of which none need be finite."""
+    values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
     if log and low > 0 and high / low > 100:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [10.0**power for power in powers][:: 1 + len(powers) // 6]
-        return Scale(low / 1.3, high * 1.3, BOTTOM, TOP, True, [tick for tick in ticks if low / 1.3 <= tick])
+        low, high = low / 1.3, high * 1.3
+        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+        return Scale(low, high, BOTTOM, TOP, True, [10.0**power for power in powers[:: 1 + len(powers) // 6]])
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
     bottom = 0.0 if low >= 0 > low - margin else low - margin
     return Scale(bottom, high + margin, BOTTOM, TOP, ticks=nice_ticks(bottom, high + margin))
@@ -183,13 +184,14 @@ def number_short(value: float) -> str:
 
 
 def _figure(title: str, keys: list[str], frame: str, content: str, data: dict | None) -> str:
-    legend = f'<ul class="legend">{"".join(keys)}</ul>' if keys else ""
+    x, width = LEFT - 6, RIGHT - LEFT + 12  # what a band has beyond the axes is cut off, a dot on the edge is not
     live = f' tabindex="0" data-chart="{escape(json.dumps(data))}"' if data else ""
     return (
-        f'<figure class="chart"><figcaption><b>{escape(title)}</b><span class="at"></span></figcaption>{legend}'
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b><span class="at"></span></figcaption>'
+        f'<ul class="legend">{"".join(keys)}</ul>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"{live}>{frame}'
-        f'<svg x="{LEFT}" y="0" width="{RIGHT - LEFT}" height="{BOTTOM}" viewBox="{LEFT} 0 {RIGHT - LEFT} {BOTTOM}">'
-        f'{content}</svg><line class="cross" y1="{TOP}" y2="{BOTTOM}" visibility="hidden"/></svg></figure>\n'
+        f'<svg x="{x}" y="0" width="{width}" height="{BOTTOM + 2}" viewBox="{x} 0 {width} {BOTTOM + 2}">{content}</svg>'
+        f'<line class="cross" y1="{TOP}" y2="{BOTTOM}" visibility="hidden"/></svg></figure>\n'
     )
 
 
@@ -201,7 +203,7 @@ def _frame(x: Scale, y: Scale, labels: list[str]) -> str:
         for tick, label in zip(y.ticks, labels, strict=True)
     ]
     columns = [
-        f'<text x="{min(x(tick), RIGHT - 8):.1f}" y="{BOTTOM + 15}" text-anchor="middle">{number_short(tick)}</text>'
+        f'<text x="{min(x(tick), RIGHT - 8):.1f}" y="{BOTTOM + 18}" text-anchor="middle">{number_short(tick)}</text>'
         for tick in x.ticks
     ]
     return "".join(rows + columns)
@@ -226,6 +228,12 @@ def _curve(curve: Curve, x: Scale, y: Scale) -> str:
     return "".join(parts)
 
 
+def _usual(curve: Curve) -> list[float]:
+    """The range of the band without its rarest peaks: one of them would press everything else into a line."""
+    lows, highs = (values[np.isfinite(values)] for values in (curve.lows, curve.highs))
+    return [float(np.percentile(lows, 2)), float(np.percentile(highs, 98))] if lows.size else []
+
+
 def _runs(shown: np.ndarray) -> list[np.ndarray]:
     """The indices of each unbroken stretch of (n,) bool."""
     indices = np.flatnonzero(shown)
@@ -243,10 +251,10 @@ def _places(steps: np.ndarray, values: np.ndarray, x: Scale, y: Scale) -> str:
 def _marks(marks: Marks, x: Scale) -> str:
     """A line where the run was resumed, a tick where a step was skipped; those that fall on one place are one."""
 
-    def path(steps: Sequence[int], top: float) -> str:
-        return "".join(f"M{place:.1f} {BOTTOM}V{top}" for place in sorted({round(x(step), 1) for step in steps}))
+    def path(steps: Sequence[int], top: int, bottom: int) -> str:
+        return "".join(f"M{place:.1f} {top}V{bottom}" for place in sorted({round(x(step), 1) for step in steps}))
 
-    drawn = {"resumed": path(marks.resumed, TOP), "skipped": path(marks.skipped, BOTTOM - 7)}
+    drawn = {"resumed": path(marks.resumed, TOP, BOTTOM), "skipped": path(marks.skipped, BOTTOM + 1, BOTTOM + 6)}
     return "".join(f'<path class="{name}" d="{places}"/>' for name, places in drawn.items() if places)
 
 

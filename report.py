@@ -48,8 +48,9 @@ from tracking import TIMES, Callback, Event, RunInfo, StepRecord, ValidationReco
 TEMPLATE = Path(__file__).with_name("report_template.html")
 PAUSE = 30  # seconds between two pages of a run that goes on
 QUIET = 600  # seconds without a record, after which nobody can say that a run goes on
-EVENTS = 100  # shown, the last ones
+EVENTS = 40  # shown, the last ones
 JPEG_QUALITY = 88
+PANEL_NOTES = {"error": "blue is what was missed, orange what was found where nothing is"}
 
 Row = dict[str, Any]
 
@@ -169,9 +170,12 @@ class RunFiles:
     written: float  # now, in seconds since 1970
 
     def last(self, key: str) -> float:
-        """The greatest `step` or `time` of all records; 0 without any."""
-        column = self.train.get(key, np.zeros(0))
-        return max([0.0, *column[-1:], *(row.get(key) or 0.0 for row in (self.base, *self.validations, *self.events))])
+        """`step` or `time` of the newest record; 0 without any.
+
+        Of the events the last alone: those before a resume may be of steps that it took back.
+        """
+        rows = (self.base, *self.validations[-1:], *self.events[-1:])
+        return max([0.0, *self.train.get(key, np.zeros(0))[-1:], *(row.get(key) or 0.0 for row in rows)])
 
     @property
     def heard(self) -> float:
@@ -198,14 +202,17 @@ class RunFiles:
         rows = [self.base, *self.validations]
         return list(dict.fromkeys(key[4:] for row in rows for key in row if key.startswith("val/")))
 
-    def higher_is_better(self, metric: str) -> bool:
-        return self.about.get("higher_is_better", {}).get(metric, True)
+    def higher_is_better(self, metric: str) -> bool | None:
+        """None where nothing says so, as in the folder of an older program."""
+        return self.about.get("higher_is_better", {}).get(metric)
 
     def best(self, metric: str) -> Row | None:
-        """The validation with the best value, the first of equals."""
+        """The validation with the best value, the first of equals; None where nothing says what is better."""
         rows = [row for row in self.validations if row.get(f"val/{metric}") is not None]
-        sign = 1 if self.higher_is_better(metric) else -1
-        return max(rows, key=lambda row: sign * row[f"val/{metric}"], default=None)
+        higher = self.higher_is_better(metric)
+        if not rows or higher is None:
+            return None
+        return (max if higher else min)(rows, key=lambda row: row[f"val/{metric}"])
 
     @property
     def elapsed(self) -> float:
@@ -217,7 +224,7 @@ class RunFiles:
 
     def steps_of(self, kind: str) -> list[int]:
         """The steps at which events of a kind happened."""
-        return [event["step"] for event in self.events if event.get("kind") == kind]
+        return [event["step"] for event in self.events if event.get("kind") == kind and event["step"] <= self.step]
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -356,9 +363,9 @@ def scores(run: RunFiles) -> list[tuple[str, str, str]]:
     best, base = run.best(metric), run.base.get(key)
     figures = []
     if best:
-        last = run.validations[-1]
-        figures += [(f"best {metric}", decimal(best[key]), place(best)),
-                    (f"last {metric}", decimal(last.get(key)), place(last))]  # fmt: skip
+        figures.append((f"best {metric}", decimal(best[key]), place(best)))
+    if run.validations:
+        figures.append((f"last {metric}", decimal(run.validations[-1].get(key)), place(run.validations[-1])))
     if base is not None:
         figures.append((f"base model's {metric}", decimal(base), against_base(run, best[key] - base) if best else ""))
     return figures
@@ -373,9 +380,10 @@ def against_base(run: RunFiles, difference: float) -> str:
     return f'<span class="warn">{words}</span>' if word == "worse" else words
 
 
-def verdict(difference: float, higher_is_better: bool) -> str:
-    if not difference:
-        return "equal"
+def verdict(difference: float, higher_is_better: bool | None) -> str:
+    """What a difference is for the reader."""
+    if not difference or higher_is_better is None:
+        return "" if difference else "equal"
     return "better" if (difference > 0) == higher_is_better else "worse"
 
 
@@ -383,9 +391,11 @@ def progress(run: RunFiles) -> tuple[str, str, str]:
     total, per_epoch = run.about.get("total_steps"), run.about.get("steps_per_epoch")
     if not total:
         return "step", f"{run.step:,}", ""
-    epoch = f"epoch {min(run.step // per_epoch + 1, run.about['epochs'])} of {run.about['epochs']}" if per_epoch else ""
+    words = f"of {total:,}"
+    if per_epoch:
+        words += f", epoch {min(run.step // per_epoch + 1, run.about['epochs'])} of {run.about['epochs']}"
     bar = f'<progress max="{total}" value="{run.step}" aria-label="progress"></progress>'
-    return "step", f"{run.step:,} <small>of {total:,}</small>", bar + epoch
+    return "step", f"{run.step:,}", bar + words
 
 
 def pace(run: RunFiles) -> list[tuple[str, str, str]]:
@@ -465,7 +475,9 @@ def time_chart(run: RunFiles, marks: Marks) -> str:
 def last_validation(run: RunFiles) -> str:
     """The last validation: how its samples are spread, what each data set reached, and every metric."""
     parts = [distribution(run), metric_table(run), dataset_table(run)]
-    return heading("Validation") + "".join(parts) if any(parts) else ""
+    if not any(parts):
+        return ""
+    return f'{heading("Validation")}<div class="beside">{"".join(parts)}</div>'
 
 
 def distribution(run: RunFiles) -> str:
@@ -474,15 +486,14 @@ def distribution(run: RunFiles) -> str:
     finite = values[np.isfinite(values)]
     if not finite.size:
         return ""
+    where = "of the base model" if run.validation.get("is_base") else f"at {place(run.validation)}"
     words = (
-        f"{len(samples)} samples: mean {finite.mean():.4f}, median {np.median(finite):.4f}, "
-        f"lowest {finite.min():.4f}, highest {finite.max():.4f}"
+        f"{len(samples):,} samples {where}: "
+        f"mean {finite.mean():.4f}, median {np.median(finite):.4f}, {finite.min():.4f} to {finite.max():.4f}"
     )
     if len(finite) < len(values):
-        words += f"; {len(values) - len(finite)} have no score"
-    chart = histogram(f"Samples by {run.validation['primary']}", finite)
-    which = "of the base model" if run.validation.get("is_base") else f"after {place(run.validation)}"
-    return f'<p class="note">Validation {which}. {words}.</p><div class="charts">{chart}</div>'
+        words += f"; {len(values) - len(finite):,} without a score"
+    return histogram(f"Samples by {run.validation['primary']}", words, finite)
 
 
 def metric_table(run: RunFiles) -> str:
@@ -492,11 +503,18 @@ def metric_table(run: RunFiles) -> str:
     last, rows = run.validations[-1], []
     for metric in run.metrics:
         key, best = f"val/{metric}", run.best(metric)
-        rows.append([metric, decimal(last.get(key)), decimal(best[key]) if best else "–", place(best) if best else ""])
+        rows.append(
+            [
+                metric,
+                decimal(last.get(key)),
+                decimal(best[key]) if best else "–",
+                f"{best['step']:,}" if best else "",
+            ]
+        )
         if run.base:
             rows[-1] += [decimal(run.base.get(key)), compared(run, metric, last)]
-    columns = ["metric", "last", "best", "best at"] + (["base model", "last − base model"] if run.base else [])
-    return f"<h3>All metrics, last {place(last)}</h3>" + table(columns, rows, numbers=(1, 2, 4))
+    columns = ["metric", "last", "best", "at step"] + (["base model", "last − base model"] if run.base else [])
+    return f"<div><h3>All metrics, last {place(last)}</h3>{table(columns, rows, numbers=(1, 2, 3, 4))}</div>"
 
 
 def compared(run: RunFiles, metric: str, row: Row) -> str:
@@ -512,24 +530,18 @@ def dataset_table(run: RunFiles) -> str:
         return ""  # it would say what the table above says
     metrics = list(dict.fromkeys(metric for scores in per_dataset.values() for metric in scores))
     rows = [[name, *(decimal(scores.get(metric)) for metric in metrics)] for name, scores in per_dataset.items()]
-    title = f"<h3>By data set, {place(run.validation)}</h3>"
-    return title + table(["data set", *metrics], rows, numbers=range(1, len(metrics) + 1))
+    shown = table(["data set", *metrics], rows, numbers=range(1, len(metrics) + 1))
+    return f"<div><h3>By data set, {place(run.validation)}</h3>{shown}</div>"
 
 
 def samples(run: RunFiles) -> str:
     """The best and the worst of the last validation; a click enlarges one."""
     lists = [sample_list(run, name) for name in ("best", "worst") if run.validation.get(name)]
-    if not lists:
-        return ""
-    panels = run.validation[("worst", "best")[bool(run.validation.get("best"))]][0]["panels"]
-    return f'{heading("Samples")}{error_legend(panels)}<div class="samples">{"".join(lists)}</div>'
-
-
-def error_legend(panels: Row) -> str:
-    if "error" not in panels:
-        return ""
-    return ('<p class="note">In the error picture: <i class="key block missed"></i>blue what was missed, '
-            '<i class="key block false"></i>orange what was found where nothing is.</p>')  # fmt: skip
+    drawn = {
+        panel for name in ("best", "worst") for sample in run.validation.get(name, []) for panel in sample["panels"]
+    }
+    notes = [f'<p class="note">{name}: {words}</p>' for name, words in PANEL_NOTES.items() if name in drawn]
+    return f'{heading("Samples")}{"".join(notes)}<div class="samples">{"".join(lists)}</div>' if lists else ""
 
 
 def sample_list(run: RunFiles, which: str) -> str:
@@ -541,12 +553,13 @@ def sample_list(run: RunFiles, which: str) -> str:
 
 
 def sample_item(run: RunFiles, rank: int, sample: Row) -> str:
-    name, score = f"{sample['dataset']} / {sample['sample_id']}", decimal(sample["score"])
+    name, score = escape(sample["sample_id"]), decimal(sample["score"])
     pictures = "".join(picture(run, panel, file, name) for panel, file in sample["panels"].items())
-    title = escape(f"{name}: {run.validation['primary']} {score}")
+    title = f"{name}: {escape(run.validation['primary'])} {score}"
     return (
-        f'<li><button type="button" class="sample" data-title="{title}"><span class="panels">{pictures}</span>'
-        f'<span class="caption"><span class="any">{rank}. {escape(name)}</span><b>{score}</b></span></button></li>'
+        f'<li><button type="button" class="sample" data-title="{title}" data-path="{escape(sample["path"])}">'
+        f'<span class="panels">{pictures}</span>'
+        f'<span class="caption"><span class="any">{rank}. {name}</span><b>{score}</b></span></button></li>'
     )
 
 
@@ -556,8 +569,8 @@ def picture(run: RunFiles, panel: str, file: str, sample: str) -> str:
     if not path.is_file():
         return f'<span class="absent">{escape(panel)} is missing</span>'
     data = base64.b64encode(path.read_bytes()).decode()
-    words = f'alt="{escape(panel)} of {escape(sample)}" data-panel="{escape(panel)}"'
-    return f'<img src="data:image/jpeg;base64,{data}" {words}>'
+    caption = escape(": ".join(word for word in (panel, PANEL_NOTES.get(panel)) if word))
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{escape(panel)} of {sample}" data-panel="{caption}">'
 
 
 def happened(run: RunFiles) -> str:
@@ -565,10 +578,12 @@ def happened(run: RunFiles) -> str:
     if not run.events:
         return ""
     shown = run.events[-EVENTS:]
-    rows = [[moment(event["time"]), f"{event['step']:,}", event["kind"], event["text"]] for event in shown]
+    rows = [
+        [moment(event["time"], "%m-%d %H:%M:%S"), f"{event['step']:,}", event["kind"], event["text"]] for event in shown
+    ]
     left_out = len(run.events) - len(shown)
     note = f'<p class="note">The last {len(shown)}; {left_out:,} came before.</p>' if left_out else ""
-    return heading("Events") + note + table(["time", "step", "kind", "what"], rows, numbers=(1,))
+    return heading("Events") + note + table(["time", "step", "kind", "what"], rows, numbers=(0, 1))
 
 
 def settings(run: RunFiles) -> str:
@@ -590,7 +605,7 @@ def environment(run: RunFiles) -> str:
     """What it ran on, and the command to run it again."""
     rows = [[name, str(value)] for name, value in run.about.get("environment", {}).items()]
     command = run.about.get("command", "")
-    parts = [table(["", "version"], rows)] if rows else []
+    parts = [table(["what", "version"], rows)] if rows else []
     parts += [f'<h3>Command</h3><pre class="wrap">{escape(command)}</pre>'] if command else []
     return heading("Environment") + "".join(parts) if parts else ""
 
@@ -632,9 +647,9 @@ def value_of(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
-def moment(seconds: float) -> str:
+def moment(seconds: float, form: str = "%Y-%m-%d %H:%M:%S %Z") -> str:
     """A time of day where the run ran."""
-    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+    return time.strftime(form, time.localtime(seconds))
 
 
 def duration(seconds: float) -> str:
