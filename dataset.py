@@ -221,18 +221,21 @@ class EvalSampler(Sampler[list[SampleKey]]):
 # Batches
 
 
-def normalize(images: np.ndarray, statistics: str = "imagenet") -> Tensor:
+def normalize(images: np.ndarray, statistics: str | tuple[float, float] = "imagenet") -> Tensor:
     """(B, H, W, 3) uint8 → (B, 3, H, W) float32 `(x / 255 - mean) / std`.
 
     `imagenet` takes the mean and deviation of ImageNet's channels, in the order of operations of torchvision's
     ToTensor and Normalize, so that the bits agree. `image` takes each image's own, over all channels: for microscopy
-    and the like, where brightness says more about the lamp than about the object.
+    and the like, where brightness says more about the lamp than about the object. A pair is a mean and a deviation for
+    all channels: those of a whole picture, for its tiles.
     """
     planar = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     planar.div_(255)
     if statistics == "image":
         std, mean = torch.std_mean(planar, dim=(1, 2, 3), keepdim=True, correction=0)
         return planar.sub_(mean).div_(std.clamp(min=1 / 255))  # a flat image stays flat
+    if not isinstance(statistics, str):
+        return planar.sub_(statistics[0]).div_(max(statistics[1], 1 / 255))
     means, stds = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return planar.sub_(means).div_(stds)
 

@@ -1,12 +1,12 @@
-"""Run a model on images: `python inference.py --checkpoint runs/my_run --input photos/ --output out/`.
+"""Run a model on pictures and videos: `python inference.py --checkpoint runs/my_run --input photos/ --output out/`.
 
-Inputs are images, folders (all below them, structure kept) and quoted patterns. Each image gets a mask and an overlay
-of its own size: `out/masks/<name>.png` and `out/overlays/<name>.jpg`. A file that cannot be read is reported at the
-end, and the others go on. From Python:
+Inputs are images, videos, folders (all below them, structure kept) and quoted patterns. Each image gets a mask of its
+own size, `out/masks/<name>.png`, and what else is asked for; a video gets a video of each. A file that cannot be read
+is reported at the end, and the others go on. From Python:
 
-    model, meta = load_model(Path("runs/my_run"))
-    for info, mask in predict_images(model, meta, ImageList(["photos"])):
-        ...  # mask: (H, W) uint8 at the image's own size, or a Fault
+    predictor = Predictor(*load_model(Path("runs/my_run")), tta=[1.0])
+    for frame, mask in predictor.stills(ImageList(["photos"])):
+        ...  # mask: (H, W) uint8 at the picture's own size, or a Fault
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ if __name__ == "__main__":
     usage = "inference.py --checkpoint RUN --input PATH [PATH ...] --output FOLDER [options]"
     answer_at_once(usage, ACTIONS, InferenceSettings)
 
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -38,56 +40,94 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import TEMPORARY, load_model
-from dataset import Dataset, EvalSampler, Item, build_loader
-from predict import predict
-from readers import DataError, Fault, ImageList, Reader, read_image
-from samples import Batch, SampleInfo, SampleKey
+from checkpoint import load_model
+from dataset import normalize
+from predict import predict, predict_tiled
+from readers import DataError, Fault, ImageList, Reader
+from samples import Batch, Sample, SampleInfo, Size
 from tasks import Task, get_task
-from utils import Precision, choose_precision, loading_workers, pick_device
+from transforms import resize
+from utils import choose_precision, loading_workers, pick_device
+from video import VideoReader, silence_opencv
+from writers import FormatError, FrameFolder, VideoWriter, write_image
 
 WRITERS = 4
 DEFAULT_SIZE = [1024, 1024]  # of official weights, which do not say what they were trained on
+SUFFIXES = {"masks": ".png", "cutouts": ".png", "overlays": ".jpg", "side_by_side": ".jpg"}  # of what images become
 
-Prediction = tuple[SampleInfo, np.ndarray | Fault]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def run(settings: InferenceSettings) -> list[Fault]:
     """Predict and write everything; returns what could not be done, by input file. `UserError` before that."""
-    images, output = list_images(settings.input), Path(settings.output)
-    prepare_output(output, settings, images)
-    model, meta = load_model(Path(settings.checkpoint))
-    predictions = predict_images(
-        model,
-        meta,
-        images,
+    silence_opencv()
+    images, output, kinds = list_inputs(settings), Path(settings.output), kinds_of(settings)
+    prepare_output(output, kinds, settings, images)
+    predictor = Predictor(
+        *load_model(Path(settings.checkpoint)),
         size=settings.size,
         batch_size=settings.batch_size,
         device=settings.device,
         mixed_precision=settings.mixed_precision,
-        tta=settings.tta,
-        num_workers=settings.num_workers,
+        tta=settings.scales,
+        tile=settings.tile,
+        overlap=settings.overlap,
     )
-    bar = tqdm(predictions, total=len(images), desc="inference", unit="image", disable=not sys.stderr.isatty())
-    return write_all(bar, output, get_task(meta["task"]), overlay=settings.overlay)
+    task = predictor.task
+    if settings.cutout and not task.cut_out:
+        raise UserError(f"--cutout needs masks that are alpha, but those of the task {task.name} are not; leave it out")
+    draw = partial(draw_outputs, task=task, kinds=kinds)
+    stills = predictor.stills(images, loading_workers(settings.num_workers))
+    faults = write_stills(with_bar(stills, "images", len(images)), output, draw)
+    for name, path in images.videos.items():
+        try:
+            video = VideoReader(path)
+            frames = with_bar(predictor.frames(video, name), name, video.count)
+            write_video(frames, output, name, video.rate, draw)
+        except DataError as error:
+            faults.append(error.fault)
+        except FormatError as error:
+            faults.append(Fault(path, str(error)))
+    return faults
+
+
+def with_bar(predictions: Iterator[Prediction], name: str, count: int) -> Iterable[Prediction]:
+    """The same, counted on a terminal."""
+    return tqdm(predictions, desc=name, total=count or None, unit="picture", disable=None)
 
 
 # ---------------------------------------------------------------- what to read, where to write
 
 
-def list_images(paths: list[str]) -> ImageList:
-    """The images that the inputs mean; an input without any, and two that would write one file, are `UserError`s."""
-    images = ImageList(paths)
-    if images.faults:
-        raise UserError("\n".join(["the inputs cannot be used as they are:", *(f"  {f}" for f in images.faults)]))
+def list_inputs(settings: InferenceSettings) -> ImageList:
+    """The files that the inputs mean; an input without any, and two that would write one file, are `UserError`s."""
+    images = ImageList(settings.input)
+    faults = list(images.faults)
+    if settings.cutout:  # a video's are a folder of its name
+        ids = [images.sample_id(index) for index in range(len(images))]
+        faults += [
+            Fault(path, f"would write its cut-outs into the folder of those of {name}/…; move one of them")
+            for name, path in images.videos.items()
+            if any(sample_id.startswith(f"{name}/") for sample_id in ids)
+        ]
+    if faults:
+        raise UserError("\n".join(["the inputs cannot be used as they are:", *(f"  {fault}" for fault in faults)]))
     return images
 
 
-def prepare_output(output: Path, settings: InferenceSettings, images: ImageList) -> None:
+def kinds_of(settings: InferenceSettings) -> list[str]:
+    """What is written of each picture, by the names of the folders."""
+    asked = {"cutouts": settings.cutout, "overlays": settings.overlay, "side_by_side": settings.side_by_side}
+    return ["masks", *(kind for kind, is_asked in asked.items() if is_asked)]
+
+
+def prepare_output(output: Path, kinds: list[str], settings: InferenceSettings, images: ImageList) -> None:
     """Make the output folders, unless that would put outputs among the inputs."""
-    sources = {os.path.realpath(os.path.dirname(images.files(index)[0])) for index in range(len(images))}
+    files = [*(images.files(index)[0] for index in range(len(images))), *images.videos.values()]
+    sources = {os.path.realpath(os.path.dirname(file)) for file in files}
     searched = [os.path.realpath(path) for path in settings.input if os.path.isdir(path)]
-    for folder in [output / "masks", *([output / "overlays"] if settings.overlay else [])]:
+    for folder in [output / kind for kind in kinds]:
         place = Path(os.path.realpath(folder))
         if any(place.is_relative_to(path) for path in searched) or any(Path(s).is_relative_to(place) for s in sources):
             raise UserError(f"--output {output} would write into the input; name a folder apart from it")
@@ -99,155 +139,242 @@ def prepare_output(output: Path, settings: InferenceSettings, images: ImageList)
             raise UserError(f"cannot write into --output {output}: no permission for {folder}; name another folder")
 
 
-# ---------------------------------------------------------------- images in, masks out
+# ---------------------------------------------------------------- pictures in, masks out
 
 
-def predict_images(
-    model: Any,
-    meta: dict[str, Any],
-    images: Reader,
-    *,
-    size: list[int] | None = None,
-    batch_size: int = 4,
-    device: str = "auto",
-    mixed_precision: str = "auto",
-    tta: bool = False,
-    num_workers: int = 0,
-) -> Iterator[Prediction]:
-    """(info, mask at the image's own size) of every image in order; a `Fault` in place of a mask that cannot be had.
+@dataclass
+class Frame:
+    """A picture to predict: a still image, or a frame of a video."""
 
-    `model` and `meta` are what `load_model` returns. `size` is the model's input as [width, height], by default that of
-    the checkpoint. Raises `UserError` for a size or device that cannot be, and when the device runs out of memory.
+    info: SampleInfo
+    picture: np.ndarray  # (H, W, 3) uint8 RGB, or empty
+    fault: Fault | None = None  # why it could not be read
+    inputs: Tensor | None = None  # (3, h, w) normalised, at the model's size
+
+
+Prediction = tuple[Frame, np.ndarray | Fault]
+
+
+class Predictor:
+    """A model, and how it is to be asked. `model` and `meta` are what `load_model` returns.
+
+    Args:
+        size: the model's input as [width, height], or one number for both; by default that of the checkpoint.
+        batch_size: pictures, or tiles, in a forward pass.
+        tta: the scales to average over, each with its mirror image; none: the plain prediction.
+        tile: predict pictures at their own resolution, in tiles of the model's input size that share at least
+            `overlap` of their sides. A side that is shorter than a tile is stretched to it, so a small picture is one
+            tile, as it would be without tiling.
+
+    Raises:
+        UserError: a size, device or precision that cannot be; later, when the device runs out of memory.
     """
-    width, height = input_size(size or meta.get("size") or DEFAULT_SIZE, model.stride)
-    place = pick_device(device)
-    precision = choose_precision(mixed_precision, place)
-    model = model.to(place).eval()
-    sampler = EvalSampler(len(images), batch_size=batch_size, size=(height, width))
-    workers = loading_workers(num_workers)
-    loader = build_loader(
-        Pictures(images, make_target=lambda sample, original: None),
-        sampler,
-        collate_targets=Problems,
-        statistics=meta.get("normalize", "imagenet"),
-        workers=workers if len(sampler) > 1 else 0,
-        pin=place.type == "cuda",
-    )
-    task = get_task(meta["task"])
-    for batch in loader:
+
+    def __init__(
+        self,
+        model: Any,
+        meta: dict[str, Any],
+        *,
+        size: Sequence[int] = (),
+        batch_size: int = 4,
+        device: str = "auto",
+        mixed_precision: str = "auto",
+        tta: Sequence[float] = (),
+        tile: bool = False,
+        overlap: float = 0.25,
+    ):
+        self.size = input_size(size or meta.get("size") or DEFAULT_SIZE, model.stride)
+        self.task: Task = get_task(meta["task"])
+        self.statistics: str = meta.get("normalize", "imagenet")
+        self.device = pick_device(device)
+        self.precision = choose_precision(mixed_precision, self.device)
+        self.model = model.to(self.device).eval()
+        self.batch_size, self.tta, self.tile, self.overlap = batch_size, tta, tile, overlap
+
+    def stills(self, images: Reader, workers: int = 0) -> Iterator[Prediction]:
+        """(frame, mask at its own size) of every image in order; a `Fault` in place of a mask that cannot be had.
+
+        The next images are decoded on `workers` threads meanwhile.
+        """
+
+        def load(index: int) -> Frame:
+            try:
+                return self.prepared(images.read(index))
+            except DataError as error:
+                info = SampleInfo(images.sample_id(index), error.fault.path, images.dataset_of(index), (0, 0))
+                return Frame(info, np.empty((0, 0, 3), np.uint8), error.fault)
+
+        return self.masks(ahead(load, range(len(images)), workers))
+
+    def frames(self, video: VideoReader, name: str) -> Iterator[Prediction]:
+        """The same of every frame of a video, decoded on another thread. Raises `DataError` when it is damaged."""
+        pictures = iter(video)
+
+        def load(number: int) -> Frame | None:
+            picture = next(pictures, None)
+            return None if picture is None else self.prepared(Sample([picture], sample_id=name, path=video.path))
+
+        loaded = ahead(load, itertools.count(), 1)
+        return self.masks(iter(partial(next, loaded), None))
+
+    def prepared(self, sample: Sample) -> Frame:
+        """A frame with all that can be done to it before its turn: work for other threads."""
+        picture = sample.frames[0]
+        info = SampleInfo(sample.sample_id, sample.path, sample.dataset, (picture.shape[0], picture.shape[1]))
+        if self.tile:
+            return Frame(info, picture)
+        return Frame(info, picture, inputs=normalize(resize(sample, self.size).frames[0][None], self.statistics)[0])
+
+    def masks(self, frames: Iterable[Frame]) -> Iterator[Prediction]:
+        """The results, each brought to its picture's own size when it is asked for."""
+        frames = iter(frames)
+        while chunk := list(itertools.islice(frames, 1 if self.tile else self.batch_size)):
+            masks = self.masks_of([frame for frame in chunk if not frame.fault])
+            for frame in chunk:
+                yield frame, frame.fault or next(masks)
+
+    def masks_of(self, frames: list[Frame]) -> Iterator[np.ndarray | Fault]:
+        """The masks of a few frames, in one forward pass unless they are tiled."""
         try:
-            yield from predict_batch(model, batch.to(place), task, precision, tta)
+            with self.precision.autocast():
+                predictions = self.tiled(frames[0]) if self.tile else self.whole(frames)
+            failed = torch.isnan(predictions["logits"]).flatten(1).any(1).tolist()  # half precision can overflow
+            masks = self.task.masks(predictions, [frame.info.size for frame in frames])
+            for frame, mask, is_broken in zip(frames, masks, failed, strict=True):
+                problem = "the model's output is not a number; try --mixed_precision no"
+                yield Fault(frame.info.path, problem) if is_broken else mask
         except torch.OutOfMemoryError:
-            raise UserError(f"{place} has no room for {batch_size} images of {width}x{height}; lower --batch_size or "
+            sides = f"{self.size[1]}x{self.size[0]}"
+            raise UserError(f"{self.device} has no room for {self.batch_size} inputs of {sides}; lower --batch_size or "
                             "--size") from None  # fmt: skip
 
+    def whole(self, frames: list[Frame]) -> dict[str, Tensor]:
+        """Predictions of whole pictures at the model's size."""
+        images = torch.stack([frame.inputs for frame in frames if frame.inputs is not None])
+        return self.forward(Batch(images, None, [frame.info for frame in frames]))
 
-def predict_batch(model: Any, batch: Batch, task: Task, precision: Precision, tta: bool) -> Iterator[Prediction]:
-    """The results of one batch, each brought to its image's own size when it is asked for."""
-    with precision.autocast():
-        predictions = predict(model, batch, tta)
-    failed = failures(predictions)
-    masks = task.masks(predictions, [info.size for info in batch.samples])
-    for info, problem, mask, is_broken in zip(batch.samples, batch.targets, masks, failed, strict=True):
-        if is_broken:
-            problem = problem or "the model's output is not a number; try --mixed_precision no"
-        yield info, Fault(info.path, problem) if problem else mask
+    def tiled(self, frame: Frame) -> dict[str, Tensor]:
+        """Predictions of one picture at its own resolution."""
+        height, width = map(max, frame.info.size, self.size)
+        picture = resize(Sample([frame.picture]), (height, width)).frames[0]
+        statistics = whole_statistics(picture) if self.statistics == "image" else self.statistics
+
+        def predict_tiles(tiles: np.ndarray) -> Tensor:
+            return self.forward(Batch.from_images(normalize(tiles, statistics)))["logits"]
+
+        logits = predict_tiled(predict_tiles, picture, tile=self.size, overlap=self.overlap, batch_size=self.batch_size)
+        return {"logits": logits}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """One forward pass, or as many as TTA takes."""
+        batch = batch.pin_memory() if self.device.type == "cuda" else batch
+        return predict(self.model, batch.to(self.device), self.tta)
 
 
-def failures(predictions: dict[str, Tensor]) -> list[bool]:
-    """Which samples of a batch have a NaN in their predictions: half precision can overflow."""
-    return torch.isnan(predictions["logits"]).flatten(1).any(1).tolist()
-
-
-def input_size(size: list[int], stride: int) -> list[int]:
-    """[width, height] from one or two numbers; both must suit the model."""
+def input_size(size: Sequence[int], stride: int) -> Size:
+    """(height, width) from [width, height] or one number; both must suit the model."""
     both = list(size) * 2 if len(size) == 1 else list(size)
     if len(both) != 2 or any(side < 1 or side % stride for side in both):
         raise UserError(f"--size is {' '.join(map(str, size))}, but must be WIDTH HEIGHT, each a multiple of {stride}")
-    return both
+    return both[1], both[0]
 
 
-class Problems(list[str]):
-    """Why an image of the batch could not be read, or nothing: what rides where targets do in training."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Problems:
-        return self
-
-    def pin_memory(self) -> Problems:
-        return self
+def whole_statistics(picture: np.ndarray) -> tuple[float, float]:
+    """Mean and deviation over all channels, in 0..1, without a copy of the picture as floats."""
+    means, deviations = cv2.meanStdDev(picture)
+    mean = means.mean()
+    variance = (deviations**2 + means**2).mean() - mean**2
+    return mean / 255, max(0.0, variance) ** 0.5 / 255
 
 
-class Pictures(Dataset):
-    """Images alone. In place of one that cannot be read comes a black one with the reason, so that the others go on."""
+def ahead(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """`map(work, items)`, in order, on threads that run at most a few items ahead of who asks.
 
-    def __getitem__(self, key: SampleKey) -> Item:
-        try:
-            return replace(super().__getitem__(key), target="")
-        except DataError as error:
-            path, name = self.reader.files(key.index)[0], self.reader.sample_id(key.index)
-            return Item(np.zeros((*key.size, 3), np.uint8), error.fault.problem, SampleInfo(name, path, "", key.size))
-
-
-# ---------------------------------------------------------------- masks and overlays to disk
-
-
-def write_all(predictions: Iterable[Prediction], output: Path, task: Task, *, overlay: bool = True) -> list[Fault]:
-    """Write on a few threads while the model works on; returns the faults of those that could not be predicted.
-
-    At most a few results wait to be written, so the memory does not grow with the number of images.
+    The items are taken, and with them the work of an `ahead` within is awaited, by who asks: three of these around the
+    model decode, predict and write at once, in bounded memory. Without threads it is `map`.
     """
-    faults: list[Fault] = []
-    waiting: deque[Future[Fault | None]] = deque()
-
-    def finish_one() -> None:
-        if fault := waiting.popleft().result():
-            faults.append(fault)
-
-    with ThreadPoolExecutor(WRITERS) as pool:
-        for info, mask in predictions:
-            if isinstance(mask, Fault):
-                faults.append(mask)
-                continue
-            waiting.append(pool.submit(write_outputs, info, mask, output, task, overlay))
-            if len(waiting) > 2 * WRITERS:
-                finish_one()
+    if not threads:
+        yield from map(work, items)
+        return
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
         while waiting:
-            finish_one()
-    return faults
+            yield waiting.popleft().result()
 
 
-def write_outputs(info: SampleInfo, mask: np.ndarray, output: Path, task: Task, overlay: bool) -> Fault | None:
-    """Write one mask and its overlay; the picture is decoded again here, so that none waits in memory until then."""
-    try:
-        write_image(output / "masks" / f"{info.sample_id}.png", mask)
-        if overlay:
-            picture = task.draw(read_image(info.path), mask)
-            write_image(output / "overlays" / f"{info.sample_id}.jpg", picture[..., ::-1])
-    except DataError as error:
-        return error.fault
-    except ValueError as error:
-        return Fault(info.path, str(error))
-    return None
+# ---------------------------------------------------------------- pictures of masks to disk
+
+Draw = Callable[[Prediction], dict[str, np.ndarray]]  # {kind: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, uint8}
 
 
-def write_image(path: Path, pixels: np.ndarray) -> None:
-    """Encode (H, W) grey or (H, W, 3) BGR by the path's suffix and write it atomically.
+def draw_outputs(prediction: Prediction, *, task: Task, kinds: list[str]) -> dict[str, np.ndarray]:
+    """The pictures of one prediction, by kind; the `DataError` of a fault.
 
-    Raises ValueError for what the format cannot hold, `UserError` where nothing can be written.
+    `side_by_side` shows picture, mask, and cut-out on checkers, or the overlay where no cut-outs are asked for.
     """
-    options = [cv2.IMWRITE_JPEG_QUALITY, 92] if path.suffix == ".jpg" else []
-    is_encoded, encoded = cv2.imencode(path.suffix, pixels, options)
-    if not is_encoded:  # JPEG ends at 65500 pixels a side
-        raise ValueError(f"is too large for a {path.suffix} file: {pixels.shape[1]}x{pixels.shape[0]}")
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(encoded.tobytes())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; what was written before is whole") from None
+    frame, mask = prediction
+    if isinstance(mask, Fault):
+        raise DataError(mask)
+    drawn = {"masks": mask}
+    if "cutouts" in kinds and task.cut_out:
+        drawn["cutouts"] = task.cut_out(frame.picture, mask)
+    if "overlays" in kinds or "cutouts" not in kinds:
+        drawn["overlays"] = task.draw(frame.picture, mask)
+    if "side_by_side" in kinds:
+        last = on_checkers(drawn["cutouts"]) if "cutouts" in drawn else drawn["overlays"]
+        drawn["side_by_side"] = np.hstack([frame.picture, cv2.cvtColor(mask, cv2.COLOR_GRAY2RGB), last])
+    return {kind: drawn[kind] for kind in kinds}
+
+
+def on_checkers(cutout: np.ndarray) -> np.ndarray:
+    """(H, W, 4) RGBA on the light checkers that stand for transparency, (H, W, 3) RGB."""
+    y, x = np.indices(cutout.shape[:2], dtype=np.uint16, sparse=True)
+    ground = np.where((y // 16 + x // 16) % 2, 255, 204).astype(np.uint8)
+    weight = cutout[..., 3].astype(np.float32) / 255
+    return cv2.blendLinear(cutout[..., :3].copy(), cv2.cvtColor(ground, cv2.COLOR_GRAY2RGB), weight, 1 - weight)
+
+
+def write_stills(predictions: Iterable[Prediction], output: Path, draw: Draw) -> list[Fault]:
+    """Draw and write on a few threads while the model works on; returns the faults of those that have no result."""
+
+    def write(prediction: Prediction) -> Fault | None:
+        info = prediction[0].info
+        try:
+            for kind, pixels in draw(prediction).items():
+                write_image(output / kind / f"{info.sample_id}{SUFFIXES[kind]}", pixels)
+        except DataError as error:
+            return error.fault
+        except FormatError as error:
+            return Fault(info.path, str(error))
+        return None
+
+    return [fault for fault in ahead(write, predictions, WRITERS) if fault]
+
+
+def write_video(predictions: Iterable[Prediction], output: Path, name: str, rate: float, draw: Draw) -> None:
+    """Draw on a few threads, and write in order on another: an .mp4 of each kind, and cut-outs as a folder of pictures,
+    since an .mp4 has no transparency. An exception (`DataError`, `FormatError`) leaves nothing of any.
+    """
+    writers: dict[str, VideoWriter | FrameFolder] = {}
+
+    def open_writer(kind: str, size: Size) -> VideoWriter | FrameFolder:
+        if kind == "cutouts":
+            return files.enter_context(FrameFolder(output / kind / name))
+        return files.enter_context(VideoWriter(output / kind / f"{name}.mp4", rate, size))
+
+    def append(drawn: dict[str, np.ndarray]) -> None:
+        for kind, pixels in drawn.items():
+            if kind not in writers:
+                writers[kind] = open_writer(kind, (pixels.shape[0], pixels.shape[1]))
+            writers[kind].append(pixels)
+
+    with ExitStack() as files:
+        for _ in ahead(append, ahead(draw, predictions, WRITERS), 1):
+            pass
 
 
 # ---------------------------------------------------------------- the command
@@ -262,7 +389,7 @@ def command() -> None:
     faults = run(settings)
     if faults:
         lines = [f"  {fault}" for fault in faults]
-        raise UserError("\n".join([f"{len(faults)} of the images have no result; the others are in {settings.output}",
+        raise UserError("\n".join([f"{len(faults)} of the inputs have no result; the others are in {settings.output}",
                                    *lines]))  # fmt: skip
     print(f"wrote the results to {settings.output}")
 

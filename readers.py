@@ -35,6 +35,7 @@ from samples import Sample, Size
 from transforms import resize
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 MAX_PIXELS = 400_000_000
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # temporary folders are shared with other users
 
@@ -354,8 +355,8 @@ def _list_stems(folder: Path, sub: str, faults: list[Fault]) -> dict[str, str]:
     return {stem: paths[0] for stem, paths in found.items()}
 
 
-def _walk_images(folder: Path, faults: list[Fault]) -> list[Path]:
-    """All image files below `folder`, sorted; hidden ones left out, linked folders reported instead of followed."""
+def _walk_images(folder: Path, faults: list[Fault], suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
+    """All such files below `folder`, sorted; hidden ones left out, linked folders reported instead of followed."""
 
     def report(error: OSError) -> None:
         faults.append(Fault(str(error.filename), f"cannot be listed ({error.strerror})"))
@@ -366,9 +367,7 @@ def _walk_images(folder: Path, faults: list[Fault]) -> list[Path]:
         for name in folders:
             if Path(parent, name).is_symlink():
                 faults.append(Fault(str(Path(parent, name)), "is a linked folder, which is not followed"))
-        images += [
-            Path(parent, name) for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
+        images += [Path(parent, name) for name in files if name.lower().endswith(suffixes) and not name.startswith(".")]
     return sorted(images)
 
 
@@ -388,33 +387,37 @@ class ImageList(Reader):
     """Images alone, for inference: files, folders (with all below them) and glob patterns.
 
     `sample_id` is the path without suffix relative to the folder, to the pattern's fixed part, or to the file's
-    folder, so that outputs can keep names and structure.
+    folder, so that outputs can keep names and structure. Videos among them are no samples: `videos` holds their paths
+    by their ids.
     """
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]):
         self.faults: list[Fault] = []
         self._entries: dict[str, str] = {}  # sample id -> path
+        self.videos: dict[str, str] = {}
         for path in paths:
-            images, base = self._expand(path)
-            if not images:
+            files, base = self._expand(path)
+            if not files:
                 self.faults.append(
-                    Fault(os.fspath(path), "is no image, no folder with images and no pattern that matches any")
+                    Fault(os.fspath(path), "is no image or video, no folder with any and no pattern that matches any")
                 )
-            for image in images:
-                sample_id = image.relative_to(base).with_suffix("").as_posix()
-                known = self._entries.setdefault(sample_id, str(image))
-                if not os.path.samefile(known, image):
-                    self.faults.append(Fault(str(image), f"would write the same outputs as {known}"))
+            for file in files:
+                sample_id = file.relative_to(base).with_suffix("").as_posix()
+                entries = self.videos if file.name.lower().endswith(VIDEO_SUFFIXES) else self._entries
+                known = entries.setdefault(sample_id, str(file))
+                if not os.path.samefile(known, file):
+                    self.faults.append(Fault(str(file), f"would write the same outputs as {known}"))
         self._ids = list(self._entries)
 
     def _expand(self, path: str | os.PathLike[str]) -> tuple[list[Path], Path]:
-        """The images that one argument means, and the folder that their ids are relative to."""
+        """The files that one argument means, and the folder that their ids are relative to."""
+        suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
         if os.path.isdir(path):
-            return _walk_images(Path(path), self.faults), Path(path)
+            return _walk_images(Path(path), self.faults, suffixes), Path(path)
         if os.path.exists(path):
             return [Path(path)], Path(path).parent
         matches = sorted(glob.glob(os.fspath(path), recursive=True))
-        return [Path(m) for m in matches if m.lower().endswith(IMAGE_SUFFIXES)], _fixed_part(path)
+        return [Path(m) for m in matches if m.lower().endswith(suffixes)], _fixed_part(path)
 
     def __len__(self) -> int:
         return len(self._ids)

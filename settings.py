@@ -87,7 +87,10 @@ class DataSettings:
     )
     augment: list[dict] | None = setting(None, "transforms by name and arguments; null: the task's official recipe")
     background_synthesis: float = setting(0.0, "probability of a plain synthetic background", min=0, max=1)
-    fold: str = setting("", "k-fold split of the training sets, e.g. 0/5: fold 0 of 5 validates", pattern=r"|\d+/\d+")
+    fold: str = setting(
+        "", "k-fold split of the training sets: 0/5, fold 0 of 5 validates; all or all/5, a run for each fold",
+        pattern=r"|\d+/\d+|all(/\d+)?",
+    )  # fmt: skip
     val_fraction: float = setting(0.1, "share that validates where neither val nor fold is given", min=0, max=0.9)
     max_samples: int = setting(0, "use at most so many training samples; 0: all", min=0)
     load_all: bool = setting(False, "decode everything once into memory shared by workers and ranks", volatile=True)
@@ -264,6 +267,7 @@ class Config:
     overwrite: bool = setting(False, "replace an existing run of this name", transient=True)
     task: Literal["binary"] = setting("binary", "what is segmented")
     seed: int = setting(7, "seed of everything random", min=0)
+    seeds: list[int] = setting([], "train once with each of these and report mean and deviation", min=0, transient=True)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d+)?", volatile=True)
     model: BiRefNetSettings = field(default_factory=BiRefNetSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -291,16 +295,26 @@ class InferenceSettings:
     """What inference.py is asked to do. Every field is a flag."""
 
     checkpoint: str = setting("", "run folder, checkpoint, or official weights file")
-    input: list[str] = setting([], "images, folders with all below them, and quoted patterns", verbatim=True)
-    output: str = setting("", "folder for masks/<name>.png (8-bit alpha) and overlays/<name>.jpg")
+    input: list[str] = setting([], "images, videos, folders with all below them, quoted patterns", verbatim=True)
+    output: str = setting("", "folder for masks/<name>.png (8-bit alpha) and what else is asked for")
     size: list[int] = setting(
         [], "model input: width height, or one number; empty: the checkpoint's, else 1024 1024", min=1
     )
-    batch_size: int = setting(4, "images per forward pass", min=1)
+    batch_size: int = setting(4, "images or tiles per forward pass", min=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d+)?")
     mixed_precision: Literal["auto", "no", "fp16", "bf16", "fp8"] = setting(
         "auto", "forward precision; auto: bf16 where the device supports it, else no"
     )
-    tta: bool = setting(False, "average over a horizontal flip")
-    overlay: bool = setting(True, "write overlays beside the masks; --no-overlay: masks alone")
-    num_workers: int = setting(-1, "loading processes; -1: cores, at most 8", min=-1)
+    tta: bool = setting(False, "test-time augmentation: average over tta_scales and their mirror images")
+    tta_scales: list[float] = setting([0.75, 1.0, 1.25], "scales of tta; 1 alone is a flip alone", min=0.1, max=4)
+    tile: bool = setting(False, "predict at the picture's own resolution, in tiles of the model's input size")
+    overlap: float = setting(0.25, "how much of a tile's side its neighbour shares, at least", min=0, max=0.9)
+    cutout: bool = setting(False, "write cutouts/<name>.png: the object in its own colours, transparent around it")
+    overlay: bool = setting(True, "write overlays/<name>.jpg; --no-overlay: none")
+    side_by_side: bool = setting(False, "write side_by_side/<name>.jpg: picture, mask, and cut-out or overlay")
+    num_workers: int = setting(-1, "decoding threads; -1: cores, at most 8", min=-1)
+
+    @property
+    def scales(self) -> list[float]:
+        """The scales to average over; none without `tta`."""
+        return self.tta_scales if self.tta else []

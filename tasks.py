@@ -14,6 +14,7 @@ from torch import Tensor
 from dataset import binary_target, collate_binary
 from demo import write_demo
 from errors import UserError, nearest
+from foreground import cut_out
 from loss import resize
 from metrics import BinaryMetric
 from readers import BinaryFolders, Reader
@@ -35,6 +36,7 @@ class Task:
     color: Callable[[dict[str, float], Any], str]  # (batch scores, logging settings) -> colour of the line
     masks: Callable[[dict[str, Tensor], list[Size]], Iterator[np.ndarray]]  # (predictions, original sizes) -> to save
     draw: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, mask) -> picture
+    cut_out: Callable[[np.ndarray, np.ndarray], np.ndarray] | None  # (image, mask) -> RGBA, where masks are alpha
     panels: Callable[[np.ndarray, Any, Any], dict[str, np.ndarray]]  # (image, a sample's masks, mask) -> pictures
     write_demo: Callable[[Path], Path]  # draws the demo data into a folder with train/ and val/
 
@@ -103,6 +105,7 @@ TASKS = {
         color=binary_color,
         masks=binary_masks,
         draw=draw_binary,
+        cut_out=cut_out,
         panels=binary_panels,
         write_demo=write_demo,
     ),

@@ -114,7 +114,8 @@ def test_flags_change_what_the_run_says(score: Command, runs: list[Path], models
     run = runs[0]
     plain = parse(score("--checkpoint", run, "--data.test", "X")[1])
     assert parse(score("--checkpoint", run, "--data.test", "X", "--batch_size", 1)[1]) == plain
-    code, said = score("--checkpoint", run, "--data.test", "X", "--size", 160, 160, "--tta", "--test_limit", 1)
+    flipped = ["--tta", "--evaluation.tta_scales", 1]
+    code, said = score("--checkpoint", run, "--data.test", "X", "--size", 160, 160, *flipped, "--test_limit", 1)
     assert code == 0
     cells = parse(said)[str(run), "X"]
     assert cells["samples"] == "1"

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 from PIL import Image
 
 import inference
+import writers
 from checkpoint import load_model
 from errors import UserError, run_command
+from inference import Frame, Predictor
 from loss import resize
 from readers import Fault, ImageList
-from samples import SampleInfo
+from samples import Batch, SampleInfo
 from tasks import get_task
 from tests.conftest import ROOT, SHARED, needs_shared
 from tests.test_golden_birefnet import golden
@@ -144,7 +147,7 @@ def test_running_twice_leaves_the_same_bytes_and_no_temporaries(infer: Command, 
 def test_tta_is_the_mean_over_the_image_and_its_mirror(infer: Command, model: Any, tmp_path: Path) -> None:
     image = photo(4, 64, 64)  # the model's own size: mirroring and resizing commute
     save(tmp_path / "a.png", image)
-    assert infer("--input", tmp_path / "a.png", "--tta") == 0
+    assert infer("--input", tmp_path / "a.png", "--tta", "--tta_scales", 1) == 0
     plain = expected_probabilities(model, image)
     mirrored = expected_probabilities(model, image[:, ::-1].copy())[:, ::-1]
     assert np.abs(plain - mirrored).max() > 0.02
@@ -174,9 +177,8 @@ def test_several_inputs_patterns_and_odd_names(infer: Command, tmp_path: Path) -
 
 def test_from_python(run: Path, tmp_path: Path) -> None:
     save(tmp_path / "a.png", photo(0, 50, 70))
-    model, meta = load_model(run)
-    ((info, mask),) = inference.predict_images(model, meta, ImageList([tmp_path / "a.png"]))
-    assert (info.sample_id, info.size) == ("a", (50, 70))
+    ((frame, mask),) = Predictor(*load_model(run)).stills(ImageList([tmp_path / "a.png"]))
+    assert (frame.info.sample_id, frame.info.size, frame.picture.shape) == ("a", (50, 70), (50, 70, 3))
     assert isinstance(mask, np.ndarray)
     assert mask.shape == (50, 70)
 
@@ -197,19 +199,17 @@ def test_official_weights_file_to_mask_as_the_official_code(infer: Command, tmp_
     official = tmp_path / "official.pth"
     assert infer("--input", tmp_path / "photos", "--size", 128, 96, checkpoint=official) == 0
 
-    model, _ = load_model(official)
-    pictures = inference.Pictures(ImageList([tmp_path / "photos"]), make_target=lambda sample, original: None)
-    sampler = inference.EvalSampler(2, batch_size=1, size=(96, 128))
-    for batch in inference.build_loader(pictures, sampler, collate_targets=inference.Problems):
-        name, size = batch.samples[0].sample_id, batch.samples[0].size
+    predictor, images = Predictor(*load_model(official), size=[128, 96]), ImageList([tmp_path / "photos"])
+    for frame, _ in predictor.stills(images):
+        name, size = frame.info.sample_id, frame.info.size
         mask = read(tmp_path / f"out/masks/{name}.png")
         wanted = expected[f"{name}_png"]
         assert mask.shape == wanted.shape == size
         assert off_by(mask, wanted) <= 1
         assert (mask != wanted).mean() < 0.002
-        probabilities = model.predict(batch)["logits"].sigmoid()
+        probabilities = predictor.model.predict(Batch.from_images(frame.inputs[None]))["logits"].sigmoid()
         for key, values in (
-            ("input", batch.images[0]),
+            ("input", frame.inputs),
             ("prob", probabilities),
             ("resized", resize(probabilities, size)),
         ):
@@ -289,8 +289,13 @@ def test_mistakes_end_in_a_sentence(
     assert {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)} == before
 
 
-def info_of(name: str) -> SampleInfo:
-    return SampleInfo(name, f"{name}.png", "", (4, 4))
+def prediction(name: str, height: int = 4, width: int = 4) -> inference.Prediction:
+    frame = Frame(SampleInfo(name, f"{name}.png", "", (height, width)), np.zeros((height, width, 3), np.uint8))
+    return frame, np.zeros((height, width), np.uint8)
+
+
+def draw(*kinds: str) -> inference.Draw:
+    return partial(inference.draw_outputs, task=get_task("binary"), kinds=list(kinds))
 
 
 def test_a_full_disk_ends_in_a_sentence_and_leaves_no_half_file(
@@ -299,18 +304,15 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_no_half_file(
     def refuse(source: Any, target: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    (tmp_path / "masks").mkdir()
-    monkeypatch.setattr(inference.os, "replace", refuse)
+    monkeypatch.setattr(writers.os, "replace", refuse)
     with pytest.raises(UserError, match=r"a\.png: No space left"):
-        inference.write_all([(info_of("a"), np.zeros((4, 4), np.uint8))], tmp_path, get_task("binary"), overlay=False)
+        inference.write_stills([prediction("a")], tmp_path, draw("masks"))
     assert files_below(tmp_path) == set()
 
 
 def test_what_a_format_cannot_hold_is_a_fault(tmp_path: Path) -> None:
-    save(tmp_path / "wide.png", np.zeros((1, 66_000, 3), np.uint8))
-    info = SampleInfo("wide", str(tmp_path / "wide.png"), "", (1, 66_000))
-    faults = inference.write_all([(info, np.zeros((1, 66_000), np.uint8))], tmp_path / "out", get_task("binary"))
-    assert [fault.path for fault in faults] == [info.path]
+    faults = inference.write_stills([prediction("wide", 1, 66_000)], tmp_path, draw("masks", "overlays"))
+    assert [fault.path for fault in faults] == ["wide.png"]
     assert "too large for a .jpg" in faults[0].problem
 
 
@@ -320,9 +322,10 @@ def test_a_model_that_fails_is_a_fault_and_no_black_mask(run: Path, tmp_path: Pa
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    ((_, result),) = inference.predict_images(model, meta, ImageList([tmp_path / "a.png"]))
-    assert isinstance(result, Fault)
-    assert "not a number" in result.problem
+    for options in ({}, {"tile": True}, {"tta": [1.0, 1.5]}):
+        ((_, result),) = Predictor(model, meta, **options).stills(ImageList([tmp_path / "a.png"]))
+        assert isinstance(result, Fault)
+        assert "not a number" in result.problem
 
 
 def test_few_results_wait_however_slow_the_disk_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,15 +338,15 @@ def test_few_results_wait_however_slow_the_disk_is(tmp_path: Path, monkeypatch: 
         with lock:
             written += 1
 
-    def predictions() -> Iterator[tuple[SampleInfo, np.ndarray]]:
+    def predictions() -> Iterator[inference.Prediction]:
         nonlocal made, most
         for number in range(60):
             made += 1
             most = max(most, made - written)
-            yield info_of(str(number)), np.zeros((4, 4), np.uint8)
+            yield prediction(str(number))
 
-    monkeypatch.setattr(inference, "write_outputs", write)
-    assert inference.write_all(predictions(), tmp_path, get_task("binary")) == []
+    monkeypatch.setattr(inference, "write_image", write)
+    assert inference.write_stills(predictions(), tmp_path, draw("masks")) == []
     assert made == written == 60
     assert most <= 3 * inference.WRITERS + 2
 
