@@ -522,10 +522,10 @@ def cross_check(config: Config) -> None:
         raise UserError(
             f"data.dynamic_size is {ranges}, but must be [[min width, max width], [min height, max height]]"
         )
-    if config.data.fold:
-        fold, folds = map(int, config.data.fold.split("/"))
-        if not fold < folds or folds < 2:
-            raise UserError(f"data.fold is {config.data.fold}, but must be K/N with K below N, e.g. 0/5")
+    if config.data.fold not in ("", "all"):
+        fold, folds = config.data.fold.split("/")
+        if int(folds) < 2 or (fold != "all" and int(fold) >= int(folds)):
+            raise UserError(f"data.fold is {config.data.fold}, but must be K/N with K below N, e.g. 0/5, or all/N")
     if config.data.fold and config.data.val:
         raise UserError("data.fold and data.val are both set: a fold already says what validates; drop one of them")
     if len(config.optimizer.betas) != 2:

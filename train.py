@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import series
 from build import model_settings
 from checkpoint import RunFolder, RunLock, write_text
 from commands import check_data, create_config, dry_run, find_lr, preview, profile, version
@@ -63,6 +64,7 @@ from timing import hint_about
 from tracking import Callback, Log, StepRecord, ValidationRecord
 from utils import (
     Meter,
+    World,
     gradient_norm,
     is_better,
     join_world,
@@ -80,24 +82,43 @@ NORM_TO_WARN_OF = 100.0
 
 
 def main(config: Config, callbacks: list[Callback] | None = None) -> dict[str, float]:
-    """Train as `config` says and return the last validation's metrics. `callbacks` hear of the run on rank 0."""
+    """Train as `config` says and return the last validation's metrics. `callbacks` hear of the run on rank 0.
+
+    With `seeds` or `data.fold: all` one run follows the other; what comes back are the means of their best validations,
+    on rank 0, or nothing when a signal ended the series.
+    """
     world = join_world(config.device, config.distributed.timeout_minutes)
+    try:
+        runs = series.members(config)
+        if not runs:
+            return train_one(config, world, callbacks or [])[1]
+        for member in runs:
+            status, _ = train_one(member, world, callbacks or [])
+            if status not in ("finished", "stopped early"):
+                return {}
+        log = Log(secret_values(config), config.logging.color)
+        return series.conclude(config, runs, log) if world.is_main_process else {}
+    finally:
+        leave_world()
+
+
+def train_one(config: Config, world: World, callbacks: list[Callback]) -> tuple[str, dict[str, float]]:
+    """One run: (how it ended, the last validation's metrics)."""
     task = get_task(config.task)
     name_the_run(config, world)
     folder = RunFolder(Path(config.output_dir) / config.experiment_name)
     log = Log(secret_values(config), config.logging.color, quiet=not world.is_main_process)
     with ExitStack() as at_the_end:
-        at_the_end.callback(leave_world)
         resumed = is_resumed(config, folder, world)
         if world.is_main_process:
             at_the_end.callback(RunLock(folder.path).release)
         at_the_end.callback(log.close)
-        run = build_run(config, world, task, folder, log, resumed, callbacks or [])
+        run = build_run(config, world, task, folder, log, resumed, callbacks)
         at_the_end.callback(run.stop.restore)
         status = "failed"
         try:
             status, metrics = train(run)
-            return metrics
+            return status, metrics
         except BaseException as error:
             run.note("end", f"the run ended with {type(error).__name__}: {error}")
             raise
@@ -561,12 +582,13 @@ def command() -> None:
         return print(to_yaml(config), end="")
     if creates:
         return create_config(config, Path(targets[0] if targets else "config.yml"))
+    one_run = (series.members(config) or [config])[0]
     for word, act in (("check_data", check_data), ("preview", preview)):
         if word in named:
-            return act(config)
+            return act(one_run)
     for word, trial in (("dry_run", dry_run), ("find_lr", find_lr), ("profile", profile)):
         if word in named:
-            with rehearsal(config) as (run, take_step):
+            with rehearsal(one_run) as (run, take_step):
                 return trial(run, take_step)
     if config.distributed.devices > 1 and "WORLD_SIZE" not in os.environ:
         launch(config.distributed.devices)
