@@ -62,7 +62,7 @@ class Report(Callback):
     """Writes `report.html`, and for it `pictures/` and `validation.json` of the last validation, into a run folder.
 
     The page is written after every validation and at the end. In between every `PAUSE` seconds, but so that it never
-    takes more than a fiftieth of the time, however long the records have grown.
+    takes more than a hundredth of the time, however long the records have grown.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -92,7 +92,7 @@ class Report(Callback):
         began = time.monotonic()
         write_report(self.run_dir)
         ended = time.monotonic()
-        self.due = ended + max(PAUSE, 50 * (ended - began))
+        self.due = ended + max(PAUSE, 100 * (ended - began))
 
 
 def write_validation(run_dir: Path, record: ValidationRecord) -> None:
@@ -317,7 +317,7 @@ def title_of(run: RunFiles) -> str:
 def state_of(run: RunFiles) -> tuple[str, str]:
     """(class of the style sheet, words). Of a run that was killed it is known only when it last spoke."""
     if run.status:
-        return run.status.split()[0], run.status
+        return run.status if run.status in ("finished", "failed") else "", run.status
     if run.is_running:
         return "running", "running"
     return "", f"last heard at {moment(run.heard)}" if run.heard else "nothing recorded yet"
@@ -334,7 +334,7 @@ def header(run: RunFiles) -> str:
     if about.get("created"):
         words.append(f"started {moment(about['created'])}")
     kind, state = state_of(run)
-    heard = f"<span>last record {moment(run.heard)}</span>" if run.heard and kind else ""
+    heard = f"<span>last record {moment(run.heard)}</span>" if run.heard and (kind or run.status) else ""
     demo = (
         "<p>This run learned from demo data that the program drew itself: it shows that everything works, and says "
         "nothing about real pictures.</p>"
@@ -393,7 +393,7 @@ def progress(run: RunFiles) -> tuple[str, str, str]:
         return "step", f"{run.step:,}", ""
     words = f"of {total:,}"
     if per_epoch:
-        words += f", epoch {min(run.step // per_epoch + 1, run.about['epochs'])} of {run.about['epochs']}"
+        words += f", epoch {min(run.step // per_epoch + 1, run.about['epochs']):,} of {run.about['epochs']:,}"
     bar = f'<progress max="{total}" value="{run.step}" aria-label="progress"></progress>'
     return "step", f"{run.step:,}", bar + words
 
@@ -640,7 +640,7 @@ def decimal(value: float | None) -> str:
 
 
 def place(row: Row) -> str:
-    return f"epoch {row['epoch']}, step {row['step']:,}"
+    return f"epoch {row['epoch']:,}, step {row['step']:,}"
 
 
 def value_of(value: Any) -> str:
