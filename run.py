@@ -102,7 +102,7 @@ class Run:
 
     def metric(self) -> Any:
         """A fresh metric of the task."""
-        return self.task.metric()
+        return self.task.metric(self.config.evaluation.metrics)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -303,7 +303,7 @@ def wrap_model(run: Run) -> nn.Module:
 
 def best_metric(config: Config, task: Task) -> str:
     """The metric that chooses best.pth; one that is not measured is a `UserError`."""
-    metric = task.metric()
+    metric = task.metric(config.evaluation.metrics)
     name = config.checkpoint.monitor.removeprefix("val/") or metric.primary
     if name not in metric.higher_is_better:
         known = ", ".join(f"val/{key}" for key in metric.higher_is_better)

@@ -30,7 +30,7 @@ class Task:
     reader: Callable[..., Reader]  # (spec, root=, class_names=) -> Reader
     make_target: Callable[[Sample, Sample | None], Any]
     collate_targets: Callable[[list[Any]], Any]
-    metric: Callable[[], Any]
+    metric: Callable[..., Any]  # (names of what is measured beside its own) -> metric
     augment: list[dict[str, Any]]  # the official recipe
     console: list[tuple[str, str]]  # (short name in the console line, metric)
     color: Callable[[dict[str, float], Any], str]  # (batch scores, logging settings) -> colour of the line

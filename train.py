@@ -353,7 +353,8 @@ def report_step(run: Run) -> None:
         skipped=state.skipped,
         times=times,
     )
-    run.bar.set_postfix({name: f"{means[name]:.3f}" for name in ("loss", run.best_metric)}, refresh=False)
+    shown = {name: f"{means[name]:.3f}" for name in ("loss", run.best_metric) if name in means}
+    run.bar.set_postfix(shown, refresh=False)
     for callback in run.callbacks:
         callback.on_step(record)
     state.records += 1

@@ -210,6 +210,16 @@ def test_resume_start_with_eval_scores_before_the_first_step(data: Path, tmp_pat
     assert len([row for row in records(tmp_path / "run") if row["kind"] == "val"]) == 1
 
 
+def test_the_best_is_chosen_by_any_metric_that_is_measured(data: Path, tmp_path: Path) -> None:
+    go(data, tmp_path, "run", "--epochs", "2", "--batch_size", "5", "--evaluation.metrics", "Sm", "HCE",
+       "--checkpoint.monitor", "val/hce", "--lr", "1e-3")  # fmt: skip
+    rows = [row for row in records(tmp_path / "run") if row["kind"] == "val"]
+    assert all({"val/s_measure", "val/hce", "val/jaccard"} <= set(row) for row in rows)
+    assert checkpoint.load(tmp_path / "run" / "best.pth")["state"]["best"] == min(row["val/hce"] for row in rows)
+    with pytest.raises(UserError, match=r"checkpoint.monitor.*evaluation.metrics"):
+        go(data, tmp_path, "other", "--checkpoint.monitor", "val/s_measure")
+
+
 def test_what_is_frozen_stays(data: Path, tmp_path: Path) -> None:
     start = go(data, tmp_path, "start", "--max_steps", "1", "--batch_size", "2", "--lr", "0", "--train.freeze_bn")
     frozen = go(data, tmp_path, "frozen", *PLAIN, "--optimizer.freeze", "stem", "blocks.0", "--lr", "1e-3")
