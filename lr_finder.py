@@ -27,8 +27,8 @@ class RisingRate:
     The ratio between the groups (a backbone's factor, layer-wise decay) stays.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int = STEPS) -> None:
-        self.optimizer, self.steps = optimizer, steps
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
+        self.optimizer, self.steps = optimizer, steps or STEPS
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.ratios = [peak / max(peaks) for peak in peaks] if max(peaks) > 0 else [1.0] * len(peaks)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -460,8 +462,12 @@ def test_dry_run_and_preview(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     flags = flags_for(data, tmp_path, "run", "--batch_size", "2")
     code, out, err = run_script(monkeypatch, "train", "--dry_run", *flags)
     assert code == 0, err
-    for said in ("loss/bce", "parameters: 6,8", "peak memory", "10 samples", "backbone: pvt_v2_b0"):
+    for said in ("loss/bce", "peak memory", "10 samples", "backbone: pvt_v2_b0", "G multiply-additions"):
         assert said in out
+    parts = {line.split()[0]: int(line.split()[2].replace(",", "")) for line in out.splitlines() if " train" in line
+             and "parameters," in line and line.startswith("  ")}  # fmt: skip
+    assert set(parts) == {"backbone", "squeeze", "decoder", "all"}
+    assert parts.pop("all") == sum(parts.values())
     assert not (tmp_path / "run").exists()
     code, out, err = run_script(monkeypatch, "train", "--preview", *flags)
     assert code == 0, err
@@ -470,6 +476,26 @@ def test_dry_run_and_preview(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert len(set(sheet.convert("L").resize((32, 32)).tobytes())) > 10
     code, out, _ = run_script(monkeypatch, "train", "--version")
     assert torch.__version__ in out
+
+
+def test_find_lr_draws_and_suggests(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lr_finder.STEPS", 40)
+    flags = flags_for(data, tmp_path, "run", "--batch_size", "2", "--tracking.tensorboard", model=TOY)
+    code, out, err = run_script(monkeypatch, "train", "--find_lr", *flags)
+    assert code == 0, err
+    assert "try --optimizer.lr" in out
+    assert (tmp_path / "run_lr.png").stat().st_size > 5000
+    assert not (tmp_path / "run").exists()
+
+
+def test_profile_writes_a_trace_and_the_operators(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = flags_for(data, tmp_path, "run", "--batch_size", "2", model=TOY)
+    code, out, err = run_script(monkeypatch, "train", "--profile", *flags)
+    assert code == 0, err
+    assert "of the time: data" in out
+    with gzip.open(tmp_path / "run_trace.json.gz", "rt") as trace:
+        assert any("conv" in event.get("name", "") for event in json.load(trace)["traceEvents"])
+    assert "aten::" in (tmp_path / "run_operators.txt").read_text()
 
 
 @pytest.mark.slow
