@@ -113,7 +113,12 @@ class Background:
         self.dropped = 0
         self.is_left = False
         self.changed = threading.Condition()
-        self.process: subprocess.Popen[bytes] | None = None
+        # Started here and not by the thread: data workers that fork in between would keep its pipes open. In a session
+        # of its own: Ctrl-C and a launcher's signals are the run's, which then tells it to end.
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
         self.thread = threading.Thread(target=self._work, args=((key, settings, run),), daemon=True)
         self.thread.start()
 
@@ -137,36 +142,23 @@ class Background:
         if self.thread.is_alive():
             self.is_left = True
             self.log.say(f"tracker {self.name} did not finish in time and was left: the last of its data is missing")
-            if self.process:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         elif self.dropped:
             self.log.say(f"tracker {self.name} was too slow: it missed {self.dropped} records")
 
     def _work(self, start: tuple[Any, ...]) -> None:
-        try:
-            reason = self._feed(start)
-        except OSError as error:
-            reason = str(error)
-        if reason and not self.is_left:
-            self.log.say(f"tracker {self.name} is lost: {' '.join(reason.split())}; the run goes on without it")
-
-    def _feed(self, start: tuple[Any, ...]) -> str:
-        """Pass on all that comes; returns why the process ended, where it was not for the end of the run."""
-        # In a session of its own: Ctrl-C and a launcher's signals are the run's, which then tells it to end.
-        self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
         assert self.process.stdin
         assert self.process.stdout
-        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:  # broken: it has ended, and says why
             for message in self._messages(start):
                 pickle.dump(message, pipe)
                 pipe.flush()
         reason = self.process.stdout.read().decode(errors="replace")
         code = self.process.wait()
-        return (reason or f"its process ended with code {code}") if code else ""
+        if code and not self.is_left:
+            reason = " ".join(reason.split()) or f"its process ended with code {code}"
+            self.log.say(f"tracker {self.name} is lost: {reason}; the run goes on without it")
 
     def _messages(self, start: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         yield start
