@@ -88,7 +88,9 @@ def line_chart(
     `best` (step, value) of the best validation.
     """
     drawn = [value for curve in curves for value in (*curve.means, *_usual(curve))]
-    y = value_scale(np.array([*drawn, math.nan if level is None else level]), log)
+    drawn += [level] if level is not None else []
+    drawn += [best[1]] if best is not None else []
+    y = value_scale(np.array(drawn), log)
     x = step_scale(marks)
     parts = [_curve(curve, x, y) for curve in curves]
     keys = [_key(curve.color, curve.name, _last(curve.means)) for curve in curves]
@@ -140,6 +142,7 @@ def histogram(title: str, note: str, values: np.ndarray) -> str:
 
 
 def step_scale(marks: Marks) -> Scale:
+    """The horizontal axis, the same for all charts of a run."""
     last = max(1, marks.last_step)
     return Scale(0, last, LEFT, RIGHT, ticks=[tick for tick in nice_ticks(0, last) if tick == round(tick)])
 
@@ -175,8 +178,8 @@ def number_short(value: float) -> str:
     """As an axis has room for: 0.25, 1e-4, 20k."""
     if abs(value) >= 1e4:
         unit, factor = ("M", 1e6) if abs(value) >= 1e6 else ("k", 1e3)
-        return f"{value / factor:.4g}{unit}"
-    text = f"{value:.4g}"
+        return f"{value / factor:.6g}{unit}"
+    text = f"{value:.6g}"
     return text if abs(value) >= 0.001 or not value else f"{value:.3g}".replace("e-0", "e-")
 
 

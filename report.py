@@ -474,10 +474,8 @@ def time_chart(run: RunFiles, marks: Marks) -> str:
 
 def last_validation(run: RunFiles) -> str:
     """The last validation: how its samples are spread, what each data set reached, and every metric."""
-    parts = [distribution(run), metric_table(run), dataset_table(run)]
-    if not any(parts):
-        return ""
-    return f'{heading("Validation")}<div class="beside">{"".join(parts)}</div>'
+    parts = "".join((distribution(run), metric_table(run), dataset_table(run)))
+    return f'{heading("Validation")}<div class="beside">{parts}</div>' if parts else ""
 
 
 def distribution(run: RunFiles) -> str:
@@ -488,8 +486,8 @@ def distribution(run: RunFiles) -> str:
         return ""
     where = "of the base model" if run.validation.get("is_base") else f"at {place(run.validation)}"
     words = (
-        f"{len(samples):,} samples {where}: "
-        f"mean {finite.mean():.4f}, median {np.median(finite):.4f}, {finite.min():.4f} to {finite.max():.4f}"
+        f"{len(samples):,} samples {where}: mean {finite.mean():.4f}, median {np.median(finite):.4f}, "
+        f"{finite.min():.4f} to {finite.max():.4f}"
     )
     if len(finite) < len(values):
         words += f"; {len(values) - len(finite):,} without a score"
@@ -503,18 +501,12 @@ def metric_table(run: RunFiles) -> str:
     last, rows = run.validations[-1], []
     for metric in run.metrics:
         key, best = f"val/{metric}", run.best(metric)
-        rows.append(
-            [
-                metric,
-                decimal(last.get(key)),
-                decimal(best[key]) if best else "–",
-                f"{best['step']:,}" if best else "",
-            ]
-        )
-        if run.base:
-            rows[-1] += [decimal(run.base.get(key)), compared(run, metric, last)]
+        cells = [metric, decimal(last.get(key))]
+        cells += [decimal(best[key]), f"{best['step']:,}"] if best else ["–", ""]
+        cells += [decimal(run.base.get(key)), compared(run, metric, last)] if run.base else []
+        rows.append(cells)
     columns = ["metric", "last", "best", "at step"] + (["base model", "last − base model"] if run.base else [])
-    return f"<div><h3>All metrics, last {place(last)}</h3>{table(columns, rows, numbers=(1, 2, 3, 4))}</div>"
+    return f"<div><h3>All metrics, last at {place(last)}</h3>{table(columns, rows, numbers=(1, 2, 3, 4))}</div>"
 
 
 def compared(run: RunFiles, metric: str, row: Row) -> str:
@@ -531,17 +523,18 @@ def dataset_table(run: RunFiles) -> str:
     metrics = list(dict.fromkeys(metric for scores in per_dataset.values() for metric in scores))
     rows = [[name, *(decimal(scores.get(metric)) for metric in metrics)] for name, scores in per_dataset.items()]
     shown = table(["data set", *metrics], rows, numbers=range(1, len(metrics) + 1))
-    return f"<div><h3>By data set, {place(run.validation)}</h3>{shown}</div>"
+    return f"<div><h3>By data set, at {place(run.validation)}</h3>{shown}</div>"
 
 
 def samples(run: RunFiles) -> str:
     """The best and the worst of the last validation; a click enlarges one."""
-    lists = [sample_list(run, name) for name in ("best", "worst") if run.validation.get(name)]
-    drawn = {
-        panel for name in ("best", "worst") for sample in run.validation.get(name, []) for panel in sample["panels"]
-    }
+    ranked = {which: run.validation[which] for which in ("best", "worst") if run.validation.get(which)}
+    if not ranked:
+        return ""
+    drawn = {panel for rank in ranked.values() for sample in rank for panel in sample["panels"]}
     notes = [f'<p class="note">{name}: {words}</p>' for name, words in PANEL_NOTES.items() if name in drawn]
-    return f'{heading("Samples")}{"".join(notes)}<div class="samples">{"".join(lists)}</div>' if lists else ""
+    lists = [sample_list(run, which) for which in ranked]
+    return f'{heading("Samples")}{"".join(notes)}<div class="samples">{"".join(lists)}</div>'
 
 
 def sample_list(run: RunFiles, which: str) -> str:

@@ -467,7 +467,20 @@ def test_gaps_stay_gaps() -> None:
     assert "inf" not in drawn
 
 
-@pytest.mark.parametrize("values", [[math.nan], [0.0], [5.0, 5.0], [-1.0, 1.0], [1e-9, 1e9], [0.0, 1e9], [-3e-7, 0.0]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [math.nan],
+        [0.0],
+        [5.0, 5.0],
+        [-1.0, 1.0],
+        [1e-9, 1e9],
+        [0.0, 1e9],
+        [-3e-7, 0.0],
+        [12001.0, 12003.0],
+        [0.98765, 0.98767],
+    ],
+)
 @pytest.mark.parametrize("log", [False, True])
 def test_any_values_have_a_scale(values: list[float], log: bool) -> None:
     scale = charts.value_scale(np.array(values), log)
