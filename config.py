@@ -65,6 +65,7 @@ ALIASES = {
     "backbone": "model.backbone",
     "pretrained": "model.pretrained",
     "tta": "evaluation.tta",
+    "metrics": "evaluation.metrics",
     "accelerator": "device",
     "devices": "distributed.devices",
     "use_tensorboard": "tracking.tensorboard",
@@ -347,7 +348,7 @@ def flag_layer(arguments: list[str], known: dict[str, Key]) -> dict[str, Value]:
             raise UserError(f"--{name} needs a value: {describe(key.hint)}")
         raw: Any = (not negated) if not values else values[0] if len(values) == 1 else values
         if values and key.metadata.get("verbatim"):
-            raw = values
+            raw = [*(layer[key.path].raw if key.path in layer else []), *values]
         if len(values) > 1 and not takes_list(key.hint):
             shown = "" if key.metadata.get("secret") else f": {' '.join(values)}"
             raise UserError(f"--{name} takes one value, not {len(values)}{shown}")
@@ -597,37 +598,42 @@ def from_dict(values: dict, source: str) -> Config:
     return build(mapping_layer(values, source, Path.cwd(), known), known)
 
 
-def differences(old: Config, new: Config, frozen_only: bool = False) -> list[str]:
-    """`key: old -> new` for each key that differs; `frozen_only` leaves out what may change when a run resumes."""
+def differences(old: Config, new: Config, frozen_only: bool = False) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of each key that differs; `frozen_only` leaves out what may change when a run resumes."""
     if old.model.family != new.model.family:
-        return [f"model.family: {old.model.family} -> {new.model.family}"]
-    lines = []
-    for key in known_keys(new.model.family).values():
-        before, after = get_value(old, key.path), get_value(new, key.path)
-        if before != after and not is_passing(key) and not (frozen_only and key.metadata.get("volatile")):
-            lines.append(f"{key.path}: {before} -> {after}")
-    return lines
+        return [("model.family", old.model.family, new.model.family)]
+    keys = [key for key in known_keys(new.model.family).values()
+            if not is_passing(key) and not (frozen_only and key.metadata.get("volatile"))]  # fmt: skip
+    pairs = ((key.path, get_value(old, key.path), get_value(new, key.path)) for key in keys)
+    return [(path, before, after) for path, before, after in pairs if before != after]
 
 
 def changed(config: Config) -> list[tuple[str, Any, Any]]:
     """(key, default, value) of each setting that is not at its default."""
-    family = config.model.family
-    default = Config(model=FAMILY_SETTINGS[family]())
-    paths = [key.path for key in known_keys(family).values() if not is_passing(key)]
-    pairs = ((path, get_value(default, path), get_value(config, path)) for path in paths)
-    return [(path, before, after) for path, before, after in pairs if before != after]
+    return differences(Config(model=FAMILY_SETTINGS[config.model.family]()), config)
 
 
-def help_text(usage: str, actions: dict[str, str], options: type = Config) -> str:
-    """The page that `--help` prints: usage, the command's own switches, every setting with its default."""
+def help_text(usage: str, actions: dict[str, str], *options: type) -> str:
+    """The page that `--help` prints: usage, the command's own switches and options, every setting with its default."""
     lines = [usage, ""]
     lines += [f"  --{name:<28} {doc}" for name, doc in actions.items()]
-    if options is not Config:
-        for key in keys_of(options):
-            default = "" if key.default in ("", []) else f" [{key.default}]"
-            lines.append(f"  --{key.path:<28} {key.metadata['doc']}{default}")
-        return "\n".join(lines)
-    lines += [f"  --{'config A B':<28} YAML files, or names of presets in configs/", ""]
+    for section in options or (Config,):
+        lines += settings_page() if section is Config else option_lines(section)
+    return "\n".join(lines)
+
+
+def option_lines(options: type) -> list[str]:
+    """A line for each option of a command's own."""
+    lines = []
+    for key in keys_of(options):
+        default = "" if key.default in ("", []) else f" [{key.default}]"
+        lines.append(f"  --{key.path:<28} {key.metadata['doc']}{default}")
+    return lines
+
+
+def settings_page() -> list[str]:
+    """A line for each setting of a run."""
+    lines = [f"  --{'config A B':<28} YAML files, or names of presets in configs/", ""]
     lines.append("Settings, each a YAML key and a flag (default in brackets):")
     shorts: dict[str, list[str]] = {}
     for alias, path in ALIASES.items():
@@ -640,13 +646,13 @@ def help_text(usage: str, actions: dict[str, str], options: type = Config) -> st
         default = "" if key.metadata.get("secret") else f" [{key.default}]"
         also = f" (also --{', --'.join(shorts[key.path])})" if key.path in shorts else ""
         lines.append(f"  --{key.path:<36} {key.metadata['doc']}{default}{also}")
-    return "\n".join(lines)
+    return lines
 
 
-def answer_at_once(usage: str, actions: dict[str, str], options: type = Config) -> None:
+def answer_at_once(usage: str, actions: dict[str, str], *options: type) -> None:
     """Print `--help` and leave, before anything heavy is imported."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(f"usage: python {usage}", actions, options))
+        print(help_text(f"usage: python {usage}", actions, *options))
         sys.exit(0)
 
 
@@ -674,3 +680,17 @@ def parse_options(options: type[T], arguments: list[str]) -> T:
     result = options()
     apply(result, flag_layer(arguments, known), known)
     return result
+
+
+def split_options(options: type[T], arguments: list[str]) -> tuple[T, list[str]]:
+    """(a command's own options, the arguments that are settings of a run), for a command that takes both."""
+    known = {key.path for key in keys_of(options)}
+    own: list[str] = []
+    rest: list[str] = []
+    chosen = rest
+    for argument in arguments:
+        if _is_flag(argument):
+            name = argument[2:].partition("=")[0].replace("-", "_")
+            chosen = own if name in known or name.removeprefix("no_") in known else rest
+        chosen.append(argument)
+    return parse_options(options, own), rest

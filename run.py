@@ -149,7 +149,7 @@ def check_same_settings(config: Config, snapshot: Path) -> None:
     if not snapshot.exists():
         return
     before = from_dict(read_yaml(snapshot), str(snapshot))
-    changed = differences(before, config, frozen_only=True)
+    changed = [f"{key}: {old} -> {new}" for key, old, new in differences(before, config, frozen_only=True)]
     if changed:
         raise UserError(
             "the run cannot be resumed with other settings (" + "; ".join(changed) + "); "

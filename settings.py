@@ -287,6 +287,25 @@ class Config:
         return not (self.data.root or self.data.train or self.data.val or self.data.test)
 
 
+# ---------------------------------------------------------------- the options of evaluate.py
+
+
+@dataclass
+class EvaluateSettings:
+    """What evaluate.py is asked to do, beside the settings of a run. Every field is a flag."""
+
+    checkpoint: list[str] = setting([], "run folders, checkpoints or official weights files to score", verbatim=True)
+    predictions: list[str] = setting([], "folders of finished masks to score instead, of any program", verbatim=True)
+    ground_truth: str = setting("", "the true masks of --predictions: a folder of them, or a data set with gt/")
+    resize_predictions: bool = setting(False, "bring masks of another size than the truth to its size (bilinear)")
+    compare: list[str] = setting(
+        [], "two checkpoints, or with --ground_truth two folders of masks: is the second better?", verbatim=True
+    )
+    best_by: str = setting("", "metric that chooses the best row; a run folder then stands for all its epoch files")
+    output: list[str] = setting([], "files for the table: .csv, .md and .tex", verbatim=True)
+    output_samples: str = setting("", "a .csv file for the scores of every sample")
+
+
 # ---------------------------------------------------------------- the options of inference.py
 
 

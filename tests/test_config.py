@@ -321,8 +321,8 @@ def test_what_is_written_down_comes_back_and_holds_no_secret(monkeypatch: pytest
 def test_differences_are_named_and_those_that_may_change_left_out() -> None:
     one, other = Config(), Config()
     other.train.epochs, other.optimizer.lr, other.tracking.comet.api_key = 7, 0.5, "secret"
-    assert differences(one, other) == ["optimizer.lr: 0.0001 -> 0.5", "train.epochs: 100 -> 7"]
-    assert differences(one, other, frozen_only=True) == ["optimizer.lr: 0.0001 -> 0.5"]
+    assert differences(one, other) == [("optimizer.lr", 0.0001, 0.5), ("train.epochs", 100, 7)]
+    assert differences(one, other, frozen_only=True) == [("optimizer.lr", 0.0001, 0.5)]
 
 
 def test_a_snapshot_of_another_version_is_refused() -> None:
