@@ -1,4 +1,4 @@
-"""Data: the one `Dataset`, the resumable samplers, and batches, over the samples of a reader (readers.py).
+"""Data: the one `Dataset`, the resumable samplers, and batches, over the samples of a reader (readers/).
 
     dataset = Dataset(training, augment=augment, make_target=binary_target, seed=0)
     sampler = TrainSampler(training, batch_size=4, seed=0, size=(1024, 1024))

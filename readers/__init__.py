@@ -1,0 +1,35 @@
+"""Readers: they list what is on disk, collect every fault they see, and decode one sample at a time, strictly.
+
+    reader = BinaryFolders("DIS5K+HRSOD:0.5", root="data")
+    fail_on(check(reader))
+    training = split(reader, part="train", fold="0/5", seed=0)
+
+Apart from dataset.py, which turns samples into batches: this is what grows with every format. Sizes are always
+(height, width).
+"""
+
+from readers.base import DataError, DatasetSummary, Fault, Reader, Subset
+from readers.binary import BinaryFolders
+from readers.cache import Cached
+from readers.checks import check, drop, fail_on
+from readers.image_list import ImageList
+from readers.images import read_alpha, read_image
+from readers.splits import limit, split
+
+__all__ = [
+    "BinaryFolders",
+    "Cached",
+    "DataError",
+    "DatasetSummary",
+    "Fault",
+    "ImageList",
+    "Reader",
+    "Subset",
+    "check",
+    "drop",
+    "fail_on",
+    "limit",
+    "read_alpha",
+    "read_image",
+    "split",
+]

@@ -1,0 +1,106 @@
+"""`load_all`: decode once, share the bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from errors import UserError
+from readers.base import Reader, Subset
+from readers.checks import in_threads
+from samples import Sample, Size
+from transforms import resize
+
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # temporary folders are shared with other users
+
+
+class Cached(Subset):
+    """Another reader, decoded once into one memory-mapped file that workers and ranks share through the page cache.
+
+    One process of each machine writes (`write=True`), all map the same `path`, and the writer then unlinks it, so
+    nothing is left behind however the run ends. `barrier` waits for all of them, between writing and mapping and
+    between mapping and unlinking. Alone, the defaults do. Forked workers inherit the mapping.
+
+    With `size` samples are stored as `transforms.resize` makes them, what augmentation begins with anyway: the same
+    bytes reach it, but an original size is no longer known, so evaluation and a dynamic size cache without.
+
+    Raises:
+        UserError: no room for the file, by its path.
+        DataError: a sample cannot be read.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        size: Size | None = None,
+        write: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+        workers: int = 4,
+        progress: bool = True,
+    ):
+        super().__init__(reader, range(len(reader)))
+        target = os.fspath(path or Path(tempfile.gettempdir(), f"cache-{os.getpid()}-{id(self)}"))
+        if write:
+            bar = tqdm(total=len(reader), desc="load all", disable=not progress, leave=False)
+            _write_cache(reader, target, size, workers, bar)
+        barrier()
+        self._bytes, self._index = _map_cache(target)
+        barrier()
+        if write:
+            os.unlink(target)
+
+    def read(self, index: int) -> Sample:
+        """The sample on arrays that are copies: augmentation may write into them."""
+        entry = self._index[index]
+        ends = [(start, start + math.prod(shape), shape) for start, shape in entry["arrays"]]
+        arrays = [self._bytes[start:end].reshape(shape).copy() for start, end, shape in ends]
+        masks = arrays.pop() if entry["has_masks"] else None
+        return Sample(frames=arrays, masks=masks, **entry["about"])
+
+
+def _write_cache(reader: Reader, path: str, size: Size | None, workers: int, bar: tqdm) -> None:
+    """All arrays (uint8) one after the other, then a JSON index of them, then 8 bytes with the index's length."""
+
+    def load(index: int) -> Sample:
+        sample = reader.read(index)
+        return sample if size is None else resize(sample, size)
+
+    index: list[dict[str, Any]] = []
+    written = 0
+    try:
+        with bar, open(path, "wb", opener=lambda name, flags: os.open(name, flags | NO_LINKS, 0o600)) as file:
+            for sample in in_threads(load, len(reader), workers):
+                places = []
+                for array in [*sample.frames, *([] if sample.masks is None else [sample.masks])]:
+                    places.append((written, array.shape))
+                    written += file.write(np.ascontiguousarray(array).data.cast("B"))
+                about = {key: getattr(sample, key) for key in ("class_ids", "sample_id", "path", "dataset")}
+                index.append({"arrays": places, "has_masks": sample.masks is not None, "about": about})
+                bar.update()
+            encoded = json.dumps(index).encode()
+            file.write(encoded + len(encoded).to_bytes(8, "little"))
+    except BaseException as error:
+        Path(path).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"data.load_all: no room for the cache {path} after {written / 2**20:.0f} MiB; "
+                "point TMPDIR at a larger disk or set data.load_all: false"
+            ) from error
+        raise
+
+
+def _map_cache(path: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    length = int.from_bytes(mapped[-8:].tobytes(), "little")
+    return mapped, json.loads(mapped[-8 - length : -8].tobytes())
