@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
+from types import MappingProxyType
 
 import numpy as np
 import torch.distributed as dist
@@ -31,6 +33,10 @@ class StreamingMetric:
     primary: str  # the score that says which model and which sample is better
     higher_is_better: dict[str, bool]  # of the scores that are averaged, in the order in which they are shown
     maybe_undefined: frozenset[str] = frozenset()  # scores that some samples do not have; such are NaN in their rows
+    curves: Mapping[str, tuple[str, Callable[[np.ndarray], float]]] = MappingProxyType(
+        {}
+    )  # score: (curve, taken of it)
+    headings: Mapping[str, str] = MappingProxyType({})  # of scores that tables of the field call otherwise
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -59,7 +65,10 @@ class StreamingMetric:
         return {name: self.mean(name, rows) for name in self.higher_is_better}
 
     def mean(self, name: str, rows: list[Row]) -> float:
-        """Mean of one score over some rows."""
+        """Mean of one score over some rows; a curve is averaged before its maximum or mean is taken."""
+        if name in self.curves:
+            curve, take = self.curves[name]
+            return float(take(np.mean([row.curves[curve] for row in rows], axis=0)))
         values = [row.scores[name] for row in rows]
         if name in self.maybe_undefined:
             values = [value for value in values if not math.isnan(value)] or [math.nan]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loss import resize, ssim_map
 from metrics.base import Row, StreamingMetric
-from metrics.scores import SCORES, field_scores, resolve
+from metrics.scores import HEADINGS, SCORES, field_scores, resolve
 
 SOFT_SCORES = {"jaccard": True, "dice": True, "iou": True, "bce_accuracy": True, "ssim": True, "mae": False}
 WORKERS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -59,12 +59,14 @@ class BinaryMetric(StreamingMetric):
     """
 
     primary = "jaccard"
+    headings = HEADINGS
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         super().__init__()
         self.names = [name for name in self.resolve(names) if name not in SOFT_SCORES]
         self.higher_is_better = SOFT_SCORES | {name: SCORES[name].higher_is_better for name in self.names}
         self.maybe_undefined = frozenset(name for name in self.names if SCORES[name].maybe_undefined)
+        self.curves = {name: (SCORES[name].curve, SCORES[name].value) for name in self.names if SCORES[name].curve}
         self.pool: ThreadPoolExecutor | None = None
         self.waiting: deque[tuple[Row, Future[tuple[dict[str, float], dict[str, np.ndarray]]]]] = deque()
 
@@ -136,18 +138,11 @@ class BinaryMetric(StreamingMetric):
             self.pool = None
         super().reduce()
 
-    def mean(self, name: str, rows: list[Row]) -> float:
-        """Mean of a score over rows; a curve is averaged before its maximum or mean is taken."""
-        curve = SCORES[name].curve if name in SCORES else ""
-        if not curve:
-            return super().mean(name, rows)
-        return float(SCORES[name].value(np.mean([row.curves[curve] for row in rows], axis=0)))
-
     def _score_later(self, row: Row, prediction: np.ndarray, truth: np.ndarray) -> None:
         """Have the row's field scores computed on one of a few threads, which OpenCV and NumPy let run side by side."""
         if math.isnan(row.scores[self.primary]):  # no mask can be cut from what is not a number
             row.scores.update(dict.fromkeys(self.names, math.nan))
-            row.curves.update({SCORES[name].curve: np.full(256, math.nan) for name in self.names if SCORES[name].curve})
+            row.curves.update({curve: np.full(256, math.nan) for curve, _ in self.curves.values()})
             return
         self.pool = self.pool or ThreadPoolExecutor(WORKERS)
         self.waiting.append((row, self.pool.submit(field_scores, prediction, truth, self.names)))

@@ -136,6 +136,17 @@ ABBREVIATIONS = {
 }  # fmt: skip
 
 
+# What the tables of the field call a score: the short names understood above, in their usual case.
+HEADINGS = {
+    "jaccard": "Jaccard", "dice": "Dice", "iou": "IoU", "ssim": "SSIM", "mae": "soft MAE",
+    "s_measure": "Sm", "weighted_f": "wFm", "normalized_mae": "MAE", "normalized_mse": "MSE", "hce": "HCE",
+    "boundary_iou": "BIoU", "mba": "mBA", "sad": "SAD", "mad": "MAD", "grad": "Grad", "conn": "Conn",
+    **{f"{kind}_{family}": short + word for kind, short in
+       {"max": "max", "mean": "mean", "adaptive": "adp", "binary": "bin"}.items() for family, word in
+       {"f": "Fm", "e": "Em", "iou": "IoU", "dice": "Dice", "oa": "OA", "ber": "BER"}.items()},
+}  # fmt: skip
+
+
 def plain(name: str) -> str:
     """A name without case and separators."""
     return name.casefold().replace("_", "").replace("-", "").replace(" ", "")
