@@ -33,9 +33,8 @@ class StreamingMetric:
     primary: str  # the score that says which model and which sample is better
     higher_is_better: dict[str, bool]  # of the scores that are averaged, in the order in which they are shown
     maybe_undefined: frozenset[str] = frozenset()  # scores that some samples do not have; such are NaN in their rows
-    curves: Mapping[str, tuple[str, Callable[[np.ndarray], float]]] = MappingProxyType(
-        {}
-    )  # score: (curve, taken of it)
+    # Of scores that are taken from a curve of the rows: its name, and how.
+    curves: Mapping[str, tuple[str, Callable[[np.ndarray], float]]] = MappingProxyType({})
     headings: Mapping[str, str] = MappingProxyType({})  # of scores that tables of the field call otherwise
 
     def __init__(self) -> None:
