@@ -250,7 +250,7 @@ def legend(labels: list[tuple[str, str]]) -> list[list[str]]:
     metrics = [f"{label} {name.replace('_', ' ')}" for label, name in [("L", "loss"), *labels]]
     second = "the second BC" if "BC" in dict(labels) else "BC"
     return [
-        ["E epoch - step", *metrics, "each as its mean over the epoch so far and with B of the last step"],
+        ["E epoch - step", *metrics, "each the mean of the epoch so far", "with B that of the last step"],
         ["LR learning rate", "M momentum", "GN gradient norm before clipping",
          f"{second} samples of each data set in the last step", "TBC in the run", "It/s steps a second",
          f"T percent of the time for {_counts({name: name for name in TIMES})}"],

@@ -1,4 +1,4 @@
-"""What the outside hears of a run: the line, its colour, the files, and trackers that hang or break."""
+"""What the outside hears of a run: the line on every kind of terminal, its colour, and the records."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import math
-import threading
-import time
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,21 @@ import pytest
 import tracking
 from settings import LoggingSettings
 from tasks import binary_color, get_task
-from tracking import Background, Callback, Console, Log, Records, RunInfo, StepRecord, ValidationRecord, step_line
+from tracking import (
+    Console,
+    Event,
+    Log,
+    Records,
+    RunInfo,
+    StepRecord,
+    ValidationRecord,
+    compared,
+    fold,
+    legend,
+    step_fields,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def log_to(path: Path, secrets: list[str], color: str = "auto") -> Log:
@@ -41,14 +57,17 @@ def info(run_dir: Path, resumed: bool = False, records: int = 0) -> RunInfo:
 
 
 def test_the_line_is_the_one_of_the_legend() -> None:
-    assert step_line(record(), get_task("binary").console) == (
+    labels = get_task("binary").console
+    assert ", ".join(step_fields(record(), labels)) == (
         "E50 - 100/200 - L: 0.234, LB: 0.198, BC: 0.998, BCB: 0.999, DI: 0.980, DIB: 0.981, JI: 0.960, JIB: 0.961, "
         "SI: 0.900, SIB: 0.901, LR: 1.00e-04, M: 0.90, GN: 4.2, BC: 2\\0\\1, TBC: 200\\0\\100, It/s: 3.2, ETA: 0:00:31"
     )
-    slow = step_line(record(steps_per_second=0.034, grad_norm=math.nan, eta_seconds=100_000), [])
+    slow = step_fields(record(steps_per_second=0.034, grad_norm=math.nan, eta_seconds=100_000), [])
     assert "GN: nan" in slow  # not 0, which would look fine
     assert "It/s: 0.03" in slow
-    assert slow.endswith("ETA: 1 day, 3:46:40")
+    assert slow[-1] == "ETA: 1 day, 3:46:40"
+    times = {"data": 0.021, "host": 0.009, "device": 0.97, "communication": 0.0}
+    assert step_fields(record(times=times), labels)[-1] == "T: 2\\1\\97\\0"
 
 
 @pytest.mark.parametrize(
@@ -135,103 +154,126 @@ def test_records_are_lines_and_a_table_and_are_cut_back(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-# ---------------------------------------------------------------- trackers
+def test_the_legend_explains_every_field() -> None:
+    lines = [", ".join(fields) for fields in legend(get_task("binary").console)]
+    assert lines == [
+        "E epoch - step, L loss, BC bce accuracy, DI dice, JI jaccard, SI ssim, "
+        "each the mean of the epoch so far, with B that of the last step",
+        "LR learning rate, M momentum, GN gradient norm before clipping, the second BC samples of each data set in the "
+        "last step, TBC in the run, It/s steps a second, T percent of the time for data\\host\\device\\communication",
+    ]
+    assert ", BC samples of each data set" in ", ".join(legend([("TOP1", "top1")])[1])  # one field, not the second
 
 
-class Hanging(Callback):
-    """A tracker whose network never answers."""
-
-    started = threading.Event()
-    released = threading.Event()
-
-    def on_run_start(self, run: RunInfo) -> None:
-        self.started.set()
-        self.released.wait(60)
-
-
-class Broken(Callback):
-    def on_step(self, record: StepRecord) -> None:
-        raise ConnectionError("no route for canary")
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+def test_a_narrow_terminal_breaks_lines_between_fields(width: int) -> None:
+    fields = step_fields(record(eta_seconds=100_000), get_task("binary").console)
+    lines = fold(fields, width).split("\n")
+    assert all(len(line) < width for line in lines)
+    assert all(line.startswith("  ") for line in lines[1:])
+    assert " ".join(line.strip() for line in lines) == ", ".join(fields)
+    assert fold(["a" * 50, "b"], 20) == "a" * 50 + ",\n  b"  # a field is not broken
 
 
-def test_a_tracker_that_hangs_costs_its_patience_at_the_end_and_nothing_before(tmp_path: Path) -> None:
-    log = log_to(tmp_path / "log", [])
-    tracker = Background(Hanging, "Slow", log, patience_seconds=0.2)
-    began = time.monotonic()
-    tracker.on_run_start(info(tmp_path))
-    assert Hanging.started.wait(10)
-    for step in range(3000):  # more than its queue holds
-        tracker.on_step(record(step))
-    tracker.on_run_end("finished")
-    assert time.monotonic() - began < 8
-    Hanging.released.set()
+@pytest.mark.parametrize(
+    ("higher", "now", "sentence"),
+    [
+        (True, 0.8123, "better than the base model by 0.0123 (score)"),
+        (True, 0.7, "worse than the base model by 0.1000 (score)"),
+        (False, 0.7, "better than the base model by 0.1000 (score)"),
+        (False, 0.8, "as good as the base model (score)"),
+    ],
+)
+def test_a_validation_is_compared_with_the_base_model(
+    higher: bool, now: float, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"score": 0.8, "mae": 0.2}
+    result = ValidationRecord(
+        2, 40, {"score": now, "mae": 0.15}, primary="score", higher_is_better={"score": higher}, base=base
+    )
+    assert compared(result) == sentence
+    console = Console(Log([]), lambda scores: "")
+    console.on_validation(result)
+    console.on_event(Event("hint", "the run itself has said it", 40))
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        f"validation after epoch 2, step 40: score {now:.4f} ({now - 0.8:+.4f}), mae 0.1500 (-0.0500)",
+        sentence,
+    ]
+    console.on_validation(ValidationRecord(0, 0, base, primary="score", base=base, is_base=True))
+    assert capsys.readouterr().out == "the base model: score 0.8000, mae 0.2000\n"
 
 
-def test_a_tracker_that_breaks_is_left_and_named(tmp_path: Path) -> None:
-    log = log_to(tmp_path / "log", ["canary"])
-    tracker = Background(Broken, "Broken", log)
-    tracker.on_run_start(info(tmp_path))
-    for step in range(20):
-        tracker.on_step(record(step))
-        time.sleep(0.005)
-    tracker.on_validation(ValidationRecord(1, 1, {"a": 1.0}))
-    tracker.on_run_end("finished")
-    said = (tmp_path / "log").read_text()
-    assert "tracker Broken is lost (ConnectionError: no route for ***); the run goes on without it" in said
-    assert said.count("is lost") == 1
+TALK = """
+import sys
+from pathlib import Path
+from tracking import Console, Log
+from tests.test_tracking import info, record
+log = Log([], sys.argv[2])
+log.open(Path(sys.argv[1]))
+console = Console(log, lambda scores: "blue")
+console.on_run_start(info(Path(sys.argv[1]).parent))
+for step in range(2000):
+    console.on_step(record(step))
+"""
 
 
-def test_a_tracker_that_cannot_even_start_is_left(tmp_path: Path) -> None:
-    def make() -> Callback:
-        raise ModuleNotFoundError("No module named 'wandb'")
-
-    log = log_to(tmp_path / "log", [])
-    tracker = Background(make, "W&B", log)
-    tracker.on_run_start(info(tmp_path))
-    tracker.on_run_end("finished")
-    assert "tracker W&B is lost" in (tmp_path / "log").read_text()
+def talk(log: Path, **how: Any) -> subprocess.Popen[bytes]:
+    """A process that says a legend and two thousand lines."""
+    return subprocess.Popen([sys.executable, "-c", TALK, str(log), "auto"], cwd=ROOT, **how)
 
 
-def test_all_that_was_sent_arrives_in_order(tmp_path: Path) -> None:
-    heard: list[Any] = []
-
-    class Listener(Callback):
-        def on_step(self, record: StepRecord) -> None:
-            heard.append(record.step)
-
-        def on_run_end(self, status: str) -> None:
-            heard.append(status)
-
-    tracker = Background(Listener, "Good", Log([]))
-    for step in range(200):
-        tracker.on_step(record(step))
-    tracker.on_run_end("finished")
-    assert heard == [*range(200), "finished"]
+def test_a_closed_pipe_ends_the_console_and_not_the_run(tmp_path: Path) -> None:
+    process = talk(tmp_path / "train.log", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    assert process.stdout.readline().startswith(b"E epoch")
+    process.stdout.close()
+    assert process.wait(60) == 0, process.stderr.read()
+    assert process.stderr.read() == b""
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert sum(" E50 - " in line for line in lines) == 2000
+    assert sum("the console is lost (Broken pipe)" in line for line in lines) == 1
 
 
-def test_tensorboard_files_hold_the_scalars(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    tracker = tracking.TensorBoard()
-    tracker.on_run_start(info(tmp_path))
-    tracker.on_step(record(7))
-    tracker.on_validation(ValidationRecord(1, 9, {"jaccard": 0.75}))
-    tracker.on_run_end("finished")
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    found = {tag: (event.step, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
-    assert found["val/jaccard"] == (9, 0.75)
-    assert found["train/loss"] == (7, pytest.approx(0.198))
-    assert found["grad_norm"] == (7, pytest.approx(4.21))
+def test_a_file_gets_whole_lines_without_colour_or_carriage_returns(tmp_path: Path) -> None:
+    with open(tmp_path / "out.txt", "wb") as out:
+        process = talk(tmp_path / "train.log", stdout=out, env={**os.environ, "COLUMNS": "60"})
+    assert process.wait(60) == 0
+    content = (tmp_path / "out.txt").read_bytes()
+    assert b"\r" not in content
+    assert b"\x1b" not in content
+    assert content.count(b"\n") == 2002
+    assert content.decode() == "".join(f"{line[20:]}\n" for line in (tmp_path / "train.log").read_text().splitlines())
 
 
-def test_trackers_are_built_as_asked(tmp_path: Path) -> None:
-    from settings import TrackingSettings
-
-    settings = TrackingSettings()
-    assert tracking.build_trackers(settings, Log([])) == []
-    settings.tensorboard = settings.wandb.enable = settings.comet.enable = True
-    made = tracking.build_trackers(settings, Log([]))
-    assert [tracker.name for tracker in made if isinstance(tracker, Background)] == [
-        "TensorBoard", "Comet ML", "Weights & Biases",
+@pytest.mark.parametrize(
+    ("environment", "colored"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
+)
+def test_a_terminal_gets_folded_lines(environment: dict[str, str], colored: bool, tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    process = talk(tmp_path / "train.log", stdout=end, env={**plain, "TERM": "xterm", "COLUMNS": "60", **environment})
+    os.close(end)
+    shown = b""
+    while chunk := read(terminal):
+        shown += chunk
+    assert process.wait(60) == 0
+    assert (b"\x1b[34mE50" in shown) == colored
+    assert (b"\x1b" in shown) == colored
+    text = shown.decode().replace("\x1b[34m", "").replace("\x1b[0m", "").replace("\r\n", "\n")
+    step = text[text.index("E50") :].split("\n")
+    assert step[:2] == [
+        "E50 - 100/200 - L: 0.234, LB: 0.198, BC: 0.998, BCB: 0.999,",
+        "  DI: 0.980, DIB: 0.981, JI: 0.960, JIB: 0.961, SI: 0.900,",
     ]  # fmt: skip
+    assert max(map(len, text.split("\n"))) < 60
+    assert ", ".join(step_fields(record(0), get_task("binary").console)) in (tmp_path / "train.log").read_text()
+
+
+def read(terminal: int) -> bytes:
+    """What a terminal shows next; nothing when its last process has gone."""
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
