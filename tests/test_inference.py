@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ import inference
 import writers
 from checkpoint import load_model
 from errors import UserError, run_command
+from foreground import estimate_foreground
 from inference import Frame, Predictor
 from loss import resize
 from readers import Fault, ImageList
 from samples import Batch, SampleInfo
-from tasks import get_task
+from tasks import TASKS, get_task
 from tests.conftest import ROOT, SHARED, needs_shared
 from tests.test_golden_birefnet import golden
-from tests.tiny import expected_probabilities, photo, save, tiny_model, write_run
+from tests.test_video import difference, film, write_film
+from tests.tiny import expected_probabilities, files_below, photo, save, tiny_model, write_run
+from video import VideoReader
 
 Command = Callable[..., int]
 
@@ -66,10 +70,6 @@ def read(path: Path) -> np.ndarray:
     return np.array(Image.open(path))
 
 
-def files_below(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
 def in_bytes(probabilities: np.ndarray) -> np.ndarray:
     return (probabilities * 255).astype(np.uint8)
 
@@ -81,7 +81,7 @@ def off_by(mask: np.ndarray, expected: np.ndarray) -> int:
 # ---------------------------------------------------------------- images in, files out
 
 
-def test_masks_and_overlays_keep_names_folders_and_sizes(infer: Command, model: Any, tmp_path: Path) -> None:
+def test_every_kind_of_output_keeps_names_folders_and_sizes(infer: Command, model: Any, tmp_path: Path) -> None:
     images = {"a": photo(0, 50, 70), "sub/b.c": photo(1, 33, 90), "sub/deep/d": photo(2, 80, 40)}
     photos = tmp_path / "photos"
     save(photos / "a.png", images["a"])
@@ -98,17 +98,25 @@ def test_masks_and_overlays_keep_names_folders_and_sizes(infer: Command, model: 
     (photos / "notes.txt").write_text("no image")
     before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
 
-    assert infer("--input", photos) == 0
-    assert files_below(tmp_path / "out") == {
-        *(f"masks/{name}.png" for name in images),
-        *(f"overlays/{name}.jpg" for name in images),
-    }
+    assert infer("--input", photos, "--cutout", "--side_by_side") == 0
+    suffixes = {"masks": "png", "cutouts": "png", "overlays": "jpg", "side_by_side": "jpg"}
+    made = {f"{kind}/{name}.{suffix}" for name in images for kind, suffix in suffixes.items()}
+    assert files_below(tmp_path / "out") == made
     for name, image in images.items():
-        mask, overlay = (read(tmp_path / "out" / part) for part in (f"masks/{name}.png", f"overlays/{name}.jpg"))
+        mask, cut, overlay, beside = (
+            read(tmp_path / f"out/{kind}/{name}.{suffix}") for kind, suffix in suffixes.items()
+        )
+        height, width = image.shape[:2]
         assert mask.dtype == np.uint8
-        assert mask.shape == image.shape[:2] == overlay.shape[:2], name
+        assert mask.shape == (height, width), name
         assert off_by(mask, in_bytes(expected_probabilities(model, image))) <= 1, name
         assert mask.max() - mask.min() > 100, name  # else all of this would say little
+        assert (cut == np.dstack([estimate_foreground(image, mask), mask])).all(), name
+        assert difference(overlay, get_task("binary").draw(image, mask)) < 8, name
+        assert beside.shape == (height, 3 * width, 3), name
+        assert difference(beside[:, :width], image) < 8, name
+        assert difference(beside[:, width : 2 * width], mask[..., None]) < 8, name
+        assert difference(beside[:, 2 * width :], inference.on_checkers(cut)) < 8, name
     assert {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()} == before
 
 
@@ -119,6 +127,35 @@ def test_overlay_shows_the_object_and_darkens_the_ground() -> None:
     assert (drawn[:, 4:] == 200).all()
     assert drawn[:, :3].max() < 140
     assert np.abs(drawn[:, 3] - (drawn[:, 0] + 200) / 2).max() <= 1
+
+
+def test_checkers_show_where_a_cut_out_is_transparent() -> None:
+    cutout = np.dstack([photo(0, 64, 48), np.full((64, 48), 255, np.uint8)])
+    cutout[:, 16:32, 3], cutout[:, 32:, 3] = 0, 51
+    shown = inference.on_checkers(cutout)
+    assert (shown[:, :16] == cutout[:, :16, :3]).all()
+    squares = shown[::16, 16].ravel().tolist()
+    assert squares == [255] * 3 + [204] * 3 + [255] * 3 + [204] * 3
+    assert np.abs(shown[:16, 32:] - (0.2 * cutout[:16, 32:, :3] + 0.8 * 204)).max() <= 1
+
+
+def test_side_by_side_without_cut_outs_ends_with_the_overlay(infer: Command, tmp_path: Path) -> None:
+    image = photo(0, 50, 70)
+    save(tmp_path / "a.png", image)
+    assert infer("--input", tmp_path / "a.png", "--side_by_side", "--no-overlay") == 0
+    assert files_below(tmp_path / "out") == {"masks/a.png", "side_by_side/a.jpg"}
+    overlay = get_task("binary").draw(image, read(tmp_path / "out/masks/a.png"))
+    assert difference(read(tmp_path / "out/side_by_side/a.jpg")[:, 140:], overlay) < 8
+
+
+def test_cut_outs_need_masks_that_are_alpha(
+    infer: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(TASKS, "binary", replace(TASKS["binary"], cut_out=None))
+    save(tmp_path / "a.png", photo(0, 40, 40))
+    assert infer("--input", tmp_path / "a.png", "--cutout") == 2
+    assert "--cutout needs masks that are alpha" in capsys.readouterr().err
+    assert infer("--input", tmp_path / "a.png") == 0
 
 
 def test_batch_size_and_workers_change_nothing(infer: Command, tmp_path: Path) -> None:
@@ -154,6 +191,17 @@ def test_tta_is_the_mean_over_the_image_and_its_mirror(infer: Command, model: An
     assert off_by(read(tmp_path / "out/masks/a.png"), in_bytes((plain + mirrored) / 2)) <= 1
 
 
+def test_tta_is_the_mean_over_its_scales(infer: Command, tmp_path: Path) -> None:
+    save(tmp_path / "a.png", photo(4, 128, 128))
+    masks = []
+    for number, scales in enumerate([[0.75, 1, 1.25], [0.75], [1], [1.25]]):
+        chosen = ["--tta_scales", *scales] if number else []
+        assert infer("--input", tmp_path / "a.png", "--size", 128, "--tta", *chosen, output=str(number)) == 0
+        masks.append(read(tmp_path / f"{number}/masks/a.png").astype(float))
+    assert np.abs(masks[0] - np.mean(masks[1:], axis=0)).max() <= 1
+    assert np.abs(masks[0] - masks[2]).max() > 10  # the scales matter
+
+
 def test_size_is_the_models_input_and_averaged_weights_are_used(infer: Command, tmp_path: Path) -> None:
     weights, average = tiny_model(1), tiny_model(2)
     run = write_run(tmp_path / "runs/averaged", weights, ema=average)
@@ -181,6 +229,58 @@ def test_from_python(run: Path, tmp_path: Path) -> None:
     assert (frame.info.sample_id, frame.info.size, frame.picture.shape) == ("a", (50, 70), (50, 70, 3))
     assert isinstance(mask, np.ndarray)
     assert mask.shape == (50, 70)
+
+
+# ---------------------------------------------------------------- tiles
+
+
+class Brightness(torch.nn.Module):
+    """A model that knows a pixel's own value and nothing of its place."""
+
+    stride = 32
+
+    def predict(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"logits": batch.images.mean(1, keepdim=True)}
+
+
+@pytest.mark.parametrize("normalize", ["imagenet", "image"])
+@pytest.mark.parametrize("size", [(64, 96), (65, 96), (64, 97), (150, 331), (64, 400)])
+def test_tiles_of_pixelwise_predictions_leave_no_seam(size: tuple[int, int], normalize: str, tmp_path: Path) -> None:
+    image = photo(6, *size)
+    image[:, : size[1] // 3] //= 4  # so that no tile is as bright as the whole
+    save(tmp_path / "a.png", image)
+    if normalize == "imagenet":
+        normal = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    else:
+        normal = (image - image.mean()) / image.std()
+    expected = 1 / (1 + np.exp(-normal.mean(2)))
+    meta = {"task": "binary", "size": [96, 64], "normalize": normalize}
+    for options in ({}, {"batch_size": 1, "overlap": 0.6}, {"tta": [1.0]}):
+        ((_, mask),) = Predictor(Brightness(), meta, tile=True, **options).stills(ImageList([tmp_path / "a.png"]))
+        assert isinstance(mask, np.ndarray)
+        assert off_by(mask, in_bytes(expected)) <= 1
+        assert (mask != in_bytes(expected)).mean() < 0.01
+
+
+def test_what_fits_into_a_tile_is_predicted_as_without_tiling(infer: Command, tmp_path: Path) -> None:
+    for name, sides in (("small", (30, 50)), ("tile", (64, 64)), ("thin", (64, 20))):
+        save(tmp_path / f"in/{name}.png", photo(7, *sides))
+    assert infer("--input", tmp_path / "in", output="plain") == 0
+    assert infer("--input", tmp_path / "in", "--tile", output="tiled") == 0
+    for name in ("small", "tile", "thin"):
+        masks = [read(tmp_path / output / f"masks/{name}.png") for output in ("plain", "tiled")]
+        assert off_by(*masks) <= 1
+
+
+def test_a_large_picture_is_seen_at_its_own_resolution(infer: Command, model: Any, tmp_path: Path) -> None:
+    image = photo(8, 200, 300)
+    save(tmp_path / "a.png", image)
+    assert infer("--input", tmp_path / "a.png", "--tile", "--overlap", 0, "--batch_size", 3) == 0
+    mask = read(tmp_path / "out/masks/a.png")
+    assert mask.shape == (200, 300)
+    corner = in_bytes(expected_probabilities(model, image[:64, :64].copy()))
+    assert off_by(mask[:40, :50], corner[:40, :50]) <= 1  # 45 and 59 pixels on the next tiles begin
+    assert off_by(mask, in_bytes(expected_probabilities(model, image))) > 20
 
 
 # ---------------------------------------------------------------- official weights
@@ -349,6 +449,133 @@ def test_few_results_wait_however_slow_the_disk_is(tmp_path: Path, monkeypatch: 
     assert inference.write_stills(predictions(), tmp_path, draw("masks")) == []
     assert made == written == 60
     assert most <= 3 * inference.WRITERS + 2
+
+
+# ---------------------------------------------------------------- videos
+
+
+def test_a_video_becomes_a_video_of_each_kind(infer: Command, run: Path, tmp_path: Path) -> None:
+    path = write_film(tmp_path / "in/sub/clip.mov", film(11), rate=24)
+    assert infer("--input", tmp_path / "in", "--cutout", "--side_by_side", "--batch_size", 4) == 0
+    numbers = [f"{number:06d}" for number in range(1, 12)]
+    kinds = ("masks", "overlays", "side_by_side")
+    assert files_below(tmp_path / "out") == {
+        *(f"{kind}/sub/clip.mp4" for kind in kinds), *(f"cutouts/sub/clip/{number}.png" for number in numbers)
+    }  # fmt: skip
+    pictures = list(VideoReader(path))
+    masks = [mask for _, mask in Predictor(*load_model(run)).frames(VideoReader(path), "clip")]
+    for kind in kinds:
+        video = VideoReader(tmp_path / "out" / kind / "sub/clip.mp4")
+        assert (video.rate, video.count) == (24, 11)
+        for frame, picture, mask in zip(video, pictures, masks, strict=True):
+            assert frame.shape == (48, 240 if kind == "side_by_side" else 80, 3)
+            if kind != "overlays":
+                shown = frame[:, 80:160] if kind == "side_by_side" else frame
+                assert difference(shown, mask[..., None]) < 8
+            if kind == "side_by_side":
+                assert difference(frame[:, :80], picture) < 8
+    for number, picture, mask in zip(numbers, pictures, masks, strict=True):
+        cut = read(tmp_path / f"out/cutouts/sub/clip/{number}.png")
+        assert isinstance(mask, np.ndarray)
+        assert (cut == np.dstack([estimate_foreground(picture, mask), mask])).all()
+        assert mask.max() - mask.min() > 100
+
+
+def test_images_and_videos_mix_and_may_share_a_name(infer: Command, tmp_path: Path) -> None:
+    save(tmp_path / "in/a.jpg", photo(0, 40, 60))
+    write_film(tmp_path / "in/a.mp4", film(3))
+    write_film(tmp_path / "in/b.AVI", film(3), "MJPG")
+    write_film(tmp_path / "more/c.mkv", film(3))
+    assert infer("--input", tmp_path / "in", tmp_path / "more/*.mkv", "--no-overlay", "--tta", "--tile") == 0
+    assert files_below(tmp_path / "out") == {"masks/a.png", "masks/a.mp4", "masks/b.mp4", "masks/c.mp4"}
+
+
+def test_a_damaged_video_leaves_nothing_and_the_others_go_on(
+    infer: Command,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("a", "b", "c"):
+        path = write_film(tmp_path / f"in/{name}.mkv", film(20))
+    (tmp_path / "in/a.mkv").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (tmp_path / "in/b.mkv").write_bytes(b"no video")
+    save(tmp_path / "in/d.png", photo(0, 40, 60))
+    assert infer("--input", tmp_path / "in", "--cutout") == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: 2 of the inputs have no result")
+    assert f"{tmp_path}/in/a.mkv: is damaged or cut off" in said
+    assert f"{tmp_path}/in/b.mkv: cannot be read as a video" in said
+    assert len(said.splitlines()) == 3  # and nothing that OpenCV or FFmpeg have to say
+    made = {path.split(".")[0] for path in files_below(tmp_path / "out") if not path.startswith("cutouts/c/")}
+    assert made == {"masks/c", "overlays/c", "masks/d", "overlays/d", "cutouts/d"}
+    assert len(list((tmp_path / "out/cutouts/c").iterdir())) == 20
+
+
+def test_side_by_side_of_a_wide_video_is_a_fault(
+    infer: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_film(tmp_path / "wide.mp4", film(2, 32, 3000))
+    assert infer("--input", tmp_path / "wide.mp4", "--side_by_side") == 2
+    assert "wide.mp4: cannot become an .mp4 file of 9000x32" in capfd.readouterr().err
+    assert files_below(tmp_path / "out") == set()
+
+
+def test_videos_that_would_share_outputs_are_refused(infer: Command, tmp_path: Path, capsys: Any) -> None:
+    write_film(tmp_path / "in/a.mp4", film(2))
+    write_film(tmp_path / "in/a.mkv", film(2))
+    assert infer("--input", tmp_path / "in") == 2
+    assert "would write the same outputs" in capsys.readouterr().err
+    (tmp_path / "in/a.mkv").unlink()
+    save(tmp_path / "in/a/000001.jpg", photo(0, 40, 40))
+    assert infer("--input", tmp_path / "in", "--cutout") == 2
+    assert f"{tmp_path}/in/a.mp4: would write its cut-outs into the folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert infer("--input", tmp_path / "in") == 0
+
+
+def test_few_frames_wait_however_long_the_video_and_slow_the_disk(tmp_path: Path) -> None:
+    made, most = 0, 0
+
+    def predictions() -> Iterator[inference.Prediction]:
+        nonlocal made, most
+        for _ in range(80):
+            made += 1
+            most = max(most, made - written)
+            picture = np.zeros((32, 32, 3), np.uint8)
+            yield Frame(SampleInfo("a", "a.mp4", "", (32, 32)), picture), picture[..., 0]
+
+    written = 0
+
+    def slow(prediction: inference.Prediction) -> dict[str, np.ndarray]:
+        nonlocal written
+        time.sleep(0.005)
+        written += 1
+        return draw("masks")(prediction)
+
+    inference.write_video(predictions(), tmp_path, "a", 25, slow)
+    assert VideoReader(tmp_path / "masks/a.mp4").count == 80
+    assert most <= 3 * inference.WRITERS + 2
+
+
+def test_frames_are_decoded_a_few_ahead(run: Path) -> None:
+    decoded = 0
+
+    class Endless:
+        path = "endless.mp4"
+
+        def __iter__(self) -> Iterator[np.ndarray]:
+            nonlocal decoded
+            while True:
+                decoded += 1
+                yield np.zeros((8, 8, 3), np.uint8)
+
+    predictor = Predictor(*load_model(run), batch_size=2)
+    predictions = predictor.frames(Endless(), "endless")  # type: ignore[arg-type]
+    for number in range(1, 10):
+        _, mask = next(predictions)
+        assert isinstance(mask, np.ndarray)
+        assert decoded <= number + 6
+    predictions.close()
 
 
 # ---------------------------------------------------------------- the command itself
