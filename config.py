@@ -8,6 +8,7 @@ Imports no torch: `--help` answers at once.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -17,12 +18,12 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from errors import UserError, nearest
-from settings import FAMILY_SETTINGS, BiRefNetSettings, Config
+from settings import FAMILY_DEFAULTS, FAMILY_SETTINGS, TASK_SETTINGS, BiRefNetSettings, Config
 
 __all__ = ["FAMILY_SETTINGS", "BiRefNetSettings", "Config", "load"]
 
@@ -422,46 +423,78 @@ def load(flags: list[str], presets: list[str] | None = None, saved: dict | None 
 def merge(paths: list[Path], flags: list[str], saved: dict | None = None) -> Config:
     """The layers in their order of precedence, made one."""
     own = [config_vars_path()] if config_vars_path().is_file() else []
-    family = chosen_family([*paths, *own], flags, saved)
-    known = known_keys(family)
+    kind = chosen_kind([*paths, *own], flags, saved)
+    known = known_keys(*kind)
     layers = [mapping_layer(saved or {}, "the run's own configuration", Path.cwd(), known)]
     layers += [file_layer(path, known) for path in paths]
     layers += [launcher_layer(), *(file_layer(path, known) for path in own), flag_layer(flags, known)]
     values = {key: value for layer in layers for key, value in layer.items()}
     names_data = any(values[key].raw for key in ("data.root", "data.train", "data.val", "data.test") if key in values)
     if not (paths or saved or names_data):
-        values = file_layer(ROOT / "configs" / f"{family}_demo.yml", known) | values
-    return build(values, known)
+        values = file_layer(ROOT / "configs" / f"{kind.family}_demo.yml", known) | values
+    return build(values, kind)
 
 
-def chosen_family(paths: list[Path], flags: list[str], saved: dict | None) -> str:
-    """The family is needed before its settings can be read: the last one to name it wins."""
-    family = "birefnet"
+class Kind(NamedTuple):
+    """What decides which keys there are: `model` holds the settings of the family, `loss` those of the task."""
+
+    family: str
+    task: str
+
+
+def chosen_kind(paths: list[Path], flags: list[str], saved: dict | None) -> Kind:
+    """Family and task, which must be known before anything else can be read: the last one to name them wins."""
+    named = {"model.family": "birefnet"}
     for mapping in (saved or {}, *map(read_yaml, paths)):
         model = mapping.get("model")
-        if isinstance(model, dict):
-            family = str(model.get("family", family))
+        if isinstance(model, dict) and "family" in model:
+            named["model.family"] = str(model["family"])
+        if "task" in mapping:
+            named["task"] = str(mapping["task"])
     for position, flag in enumerate(flags):
-        name, _, inline = flag.partition("=")
-        if name == "--model.family":
-            family = inline or (flags[position + 1] if position + 1 < len(flags) else "")
+        name, _, inline = flag.removeprefix("--").partition("=")
+        if flag.startswith("--") and name in ("model.family", "task"):
+            named[name] = inline or (flags[position + 1] if position + 1 < len(flags) else "")
+    family = named["model.family"]
     if family not in FAMILY_SETTINGS:
         raise UserError(
             f"model.family is {family!r}{nearest(family, FAMILY_SETTINGS)}; families: {', '.join(FAMILY_SETTINGS)}"
         )
-    return family
+    task = named.get("task") or default_task(family)
+    if task not in TASK_SETTINGS:
+        raise UserError(f"task is {task!r}{nearest(task, TASK_SETTINGS)}; tasks: {', '.join(TASK_SETTINGS)}")
+    return Kind(family, task)
 
 
-def known_keys(family: str) -> dict[str, Key]:
-    """Every key by its dotted path, with the model section of one family."""
-    return {key.path: key for key in keys_of(Config, families={"model": FAMILY_SETTINGS[family]})}
+def default_task(family: str) -> str:
+    """What a family does where nothing else is said."""
+    return FAMILY_DEFAULTS.get(family, {}).get("task", "binary")
 
 
-def build(values: dict[str, Value], known: dict[str, Key]) -> Config:
+def known_keys(family: str, task: str = "") -> dict[str, Key]:
+    """Every key by its dotted path, with the model section of one family and the loss section of one task."""
+    sections = {"model": FAMILY_SETTINGS[family], "loss": TASK_SETTINGS[task or default_task(family)]}
+    return {key.path: key for key in keys_of(Config, families=sections)}
+
+
+def default_config(kind: Kind) -> Config:
+    """The defaults, with what the family changes of them."""
+    config = Config(model=FAMILY_SETTINGS[kind.family](), loss=TASK_SETTINGS[kind.task]())
+    set_value(config, "task", kind.task)
+    for path, value in FAMILY_DEFAULTS.get(kind.family, {}).items():
+        if path != "task":
+            set_value(config, path, copy.deepcopy(value))
+    return config
+
+
+def kind_of(config: Config) -> Kind:
+    return Kind(config.model.family, config.task)
+
+
+def build(values: dict[str, Value], kind: Kind) -> Config:
     """A `Config` of checked values over the defaults."""
-    family = str(values["model.family"].raw) if "model.family" in values else "birefnet"
-    config = Config(model=FAMILY_SETTINGS[family]())
-    apply(config, values, known)
+    config = default_config(kind)
+    apply(config, values, known_keys(*kind))
     return config
 
 
@@ -562,7 +595,7 @@ def as_dict(config: Any) -> dict:
 
 def secret_values(config: Config) -> list[str]:
     """The secrets in force, so that they can be kept out of everything that is written."""
-    known = known_keys(config.model.family)
+    known = known_keys(*kind_of(config))
     values = [get_value(config, key.path) for key in known.values() if key.metadata.get("secret")]
     values += [os.environ.get(name, "") for name in ("COMET_API_KEY", "WANDB_API_KEY")]
     return [value for value in values if value]
@@ -590,19 +623,19 @@ def to_yaml(config: Config, documented: bool = False) -> str:
 
 def from_dict(values: dict, source: str) -> Config:
     """A `Config` from a saved snapshot; raises `UserError` when the snapshot is of another version."""
-    model = values.get("model")
-    family = str(model.get("family")) if isinstance(model, dict) else "birefnet"
-    if family not in FAMILY_SETTINGS:
-        raise UserError(f"{source} was made with the unknown model family {family!r}")
-    known = known_keys(family)
-    return build(mapping_layer(values, source, Path.cwd(), known), known)
+    try:
+        kind = chosen_kind([], [], values)
+    except UserError as error:
+        raise UserError(f"{source} was made by another version: {error}") from None
+    return build(mapping_layer(values, source, Path.cwd(), known_keys(*kind)), kind)
 
 
 def differences(old: Config, new: Config, frozen_only: bool = False) -> list[tuple[str, Any, Any]]:
     """(key, old, new) of each key that differs; `frozen_only` leaves out what may change when a run resumes."""
-    if old.model.family != new.model.family:
-        return [("model.family", old.model.family, new.model.family)]
-    keys = [key for key in known_keys(new.model.family).values()
+    if kind_of(old) != kind_of(new):  # the rest has other keys
+        kinds = (("model.family", old.model.family, new.model.family), ("task", old.task, new.task))
+        return [(name, before, after) for name, before, after in kinds if before != after]
+    keys = [key for key in known_keys(*kind_of(new)).values()
             if not is_passing(key) and not (frozen_only and key.metadata.get("volatile"))]  # fmt: skip
     pairs = ((key.path, get_value(old, key.path), get_value(new, key.path)) for key in keys)
     return [(path, before, after) for path, before, after in pairs if before != after]
@@ -610,7 +643,7 @@ def differences(old: Config, new: Config, frozen_only: bool = False) -> list[tup
 
 def changed(config: Config) -> list[tuple[str, Any, Any]]:
     """(key, default, value) of each setting that is not at its default."""
-    return differences(Config(model=FAMILY_SETTINGS[config.model.family]()), config)
+    return differences(default_config(kind_of(config)), config)
 
 
 def help_text(usage: str, actions: dict[str, str], *options: type) -> str:
@@ -638,14 +671,21 @@ def settings_page() -> list[str]:
     shorts: dict[str, list[str]] = {}
     for alias, path in ALIASES.items():
         shorts.setdefault(path, []).append(alias)
-    section = ""
+    sections: dict[str, list[Key]] = {}
     for key in known_keys("birefnet").values():
-        if (head := key.path.rpartition(".")[0]) != section:
-            section = head
-            lines += ["", f"{section}:"]
-        default = "" if key.metadata.get("secret") else f" [{key.default}]"
-        also = f" (also --{', --'.join(shorts[key.path])})" if key.path in shorts else ""
-        lines.append(f"  --{key.path:<36} {key.metadata['doc']}{default}{also}")
+        head = key.path.rpartition(".")[0]
+        if head not in ("model", "loss"):
+            sections.setdefault(head, []).append(key)
+    for family, settings in FAMILY_SETTINGS.items():
+        sections[f"model, of the family {family}"] = list(keys_of(settings, "model."))
+    for task, settings in TASK_SETTINGS.items():
+        sections[f"loss, of the task {task}"] = list(keys_of(settings, "loss."))
+    for head, keys in sections.items():
+        lines += ["", f"{head}:"] if head else []
+        for key in keys:
+            default = "" if key.metadata.get("secret") else f" [{key.default}]"
+            also = f" (also --{', --'.join(shorts[key.path])})" if key.path in shorts else ""
+            lines.append(f"  --{key.path:<36} {key.metadata['doc']}{default}{also}")
     return lines
 
 

@@ -63,12 +63,6 @@ class BiRefNetSettings:
     freeze_backbone: bool | None = setting(None, "train the decoder alone; null: only for DINOv3")
 
 
-# A family's row here, one in models/__init__.py and its file are all that a family is.
-FAMILY_SETTINGS: dict[str, type] = {"birefnet": BiRefNetSettings}
-
-BINARY_LOSSES = {"bce": 30.0, "iou": 0.5, "ssim": 10.0, "gradient": 1.0}
-
-
 @dataclass
 class DataSettings:
     """What is read and how it is varied."""
@@ -100,17 +94,26 @@ class DataSettings:
 
 @dataclass
 class LossSettings:
-    """The terms of the criterion."""
+    """What the criteria of all tasks have: terms with weights, which may be others in the last epochs."""
 
-    weights: dict[str, float] = setting(BINARY_LOSSES, "weight of each term by name", min=0)
+    weights: dict[str, float] = setting({}, "weight of each term by name", min=0)
+    last_epochs: int = setting(0, "the last so many epochs use last_epochs_factors", min=0)
+    last_epochs_factors: dict[str, float] = setting({}, "factor of each term's weight in the last epochs", min=0)
+
+
+@dataclass
+class BinaryLossSettings(LossSettings):
+    """The terms of `binary`: bce, iou, iou_patch, mae, mse, ssim, contour, structure, reg, gradient, class."""
+
+    weights: dict[str, float] = setting(
+        {"bce": 30.0, "iou": 0.5, "ssim": 10.0, "gradient": 1.0}, "weight of each term by name", min=0
+    )
     iou_reduction: Literal["mean", "sum"] = setting("mean", "IoU over a batch; sum: as the official code")
     iou_smooth: float = setting(1.0, "added to both sides of the IoU ratio; 0: as the official code", min=0)
     structure_on: Literal["logits", "probabilities"] = setting(
         "logits", "structure loss input; probabilities: the official second sigmoid"
     )
     patch_iou: Literal["all", "corner"] = setting("all", "patch IoU windows; corner: the official first one alone")
-    last_epochs: int = setting(0, "the last so many epochs use last_epochs_factors", min=0)
-    last_epochs_factors: dict[str, float] = setting({}, "factor of each term's weight in the last epochs", min=0)
 
 
 @dataclass
@@ -255,6 +258,15 @@ class DistributedSettings:
     timeout_minutes: float = setting(30, "a collective that takes longer ends the run", min=0.1, volatile=True)
 
 
+# A family's row here, one in models/__init__.py and its file are all that a family is. What it changes of the defaults
+# stands below it; `task` there is the one that it does where none is named.
+FAMILY_SETTINGS: dict[str, type] = {"birefnet": BiRefNetSettings}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {"birefnet": {"task": "binary"}}
+
+# The loss section of each task.
+TASK_SETTINGS: dict[str, type[LossSettings]] = {"binary": BinaryLossSettings}
+
+
 @dataclass
 class Config:
     """A run. Every field is a YAML key and a flag (`--optimizer.lr 3e-4`)."""
@@ -265,13 +277,13 @@ class Config:
         "", "true: continue the run; auto: only if there is one; or a checkpoint", path="file?", transient=True
     )
     overwrite: bool = setting(False, "replace an existing run of this name", transient=True)
-    task: Literal["binary"] = setting("binary", "what is segmented")
+    task: Literal["binary", "semantic"] = setting("binary", "what is segmented; the default is the family's own")
     seed: int = setting(7, "seed of everything random", min=0)
     seeds: list[int] = setting([], "train once with each of these and report mean and deviation", min=0, transient=True)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d+)?", volatile=True)
     model: BiRefNetSettings = field(default_factory=BiRefNetSettings)
     data: DataSettings = field(default_factory=DataSettings)
-    loss: LossSettings = field(default_factory=LossSettings)
+    loss: LossSettings = field(default_factory=BinaryLossSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     train: TrainSettings = field(default_factory=TrainSettings)

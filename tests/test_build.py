@@ -84,10 +84,14 @@ def test_an_overwritten_run_is_kept_until_the_new_one_stands(tmp_path: Path) -> 
     flags = flags_for(tmp_path, tmp_path / "runs", "x", "--epochs", "1", "--num_workers", "0", "--batch_size", "2")
     in_process(*flags)
     run = tmp_path / "runs" / "x"
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    before = contents()
     with pytest.raises(UserError, match="misspelt"):
         in_process(*flags, "--overwrite", "--data.train", str(tmp_path / "misspelt"))
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert contents() == before
 
     (run / "old_epoch_7.pth").touch()
     (run / "notes.txt").write_text("the user's own")
