@@ -102,13 +102,13 @@ def named(which: str, pictures: list[Picture]) -> Iterator[tuple[str, str, np.nd
 class Background:
     """A tracker in a process of its own, fed by a thread. Telling it something never waits.
 
-    What the process has not taken yet is bounded: of a thousand messages the oldest are dropped, and of pictures only
-    the newest are kept. Start and end are never dropped.
+    What the process has not taken yet is bounded: of a thousand messages the oldest are dropped, and of pictures those
+    before the last four validations. Start and end are never dropped.
     """
 
     def __init__(self, key: str, settings: dict[str, Any], run: dict[str, Any], log: Log) -> None:
         self.name, self.log = TRACKERS[key].name, log
-        self.waiting: dict[bool, deque[Any]] = {False: deque(maxlen=1000), True: deque(maxlen=1)}
+        self.waiting: dict[bool, deque[Any]] = {False: deque(maxlen=1000), True: deque(maxlen=4)}
         self.last: tuple[str, str] | None = None
         self.dropped = 0
         self.is_left = False
@@ -144,6 +144,7 @@ class Background:
             self.log.say(f"tracker {self.name} did not finish in time and was left: the last of its data is missing")
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            self.thread.join(5)
         elif self.dropped:
             self.log.say(f"tracker {self.name} was too slow: it missed {self.dropped} records")
 
