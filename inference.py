@@ -79,7 +79,7 @@ def run(settings: InferenceSettings) -> list[Fault]:
         raise UserError(f"--cutout needs masks that are alpha, but those of the task {task.name} are not; leave it out")
     draw = partial(draw_outputs, task=task, kinds=kinds)
     stills = predictor.stills(images, loading_workers(settings.num_workers))
-    faults = write_stills(with_bar(stills, "images", len(images)), output, draw)
+    faults = write_stills(with_bar(stills, "images", len(images)), output, draw) if len(images) else []
     for name, path in images.videos.items():
         try:
             video = VideoReader(path)
@@ -144,7 +144,7 @@ def prepare_output(output: Path, kinds: list[str], settings: InferenceSettings, 
 
 @dataclass
 class Frame:
-    """A picture to predict: a still image, or a frame of a video."""
+    """A picture to predict: a still image, or one of a video's."""
 
     info: SampleInfo
     picture: np.ndarray  # (H, W, 3) uint8 RGB, or empty
@@ -190,6 +190,7 @@ class Predictor:
         self.precision = choose_precision(mixed_precision, self.device)
         self.model = model.to(self.device).eval()
         self.batch_size, self.tta, self.tile, self.overlap = batch_size, tta, tile, overlap
+        self.per_pass = 1 if tile else batch_size  # pictures
 
     def stills(self, images: Reader, workers: int = 0) -> Iterator[Prediction]:
         """(frame, mask at its own size) of every image in order; a `Fault` in place of a mask that cannot be had.
@@ -204,7 +205,7 @@ class Predictor:
                 info = SampleInfo(images.sample_id(index), error.fault.path, images.dataset_of(index), (0, 0))
                 return Frame(info, np.empty((0, 0, 3), np.uint8), error.fault)
 
-        return self.masks(ahead(load, range(len(images)), workers))
+        return self.masks(ahead(load, range(len(images)), workers, max(workers, self.per_pass)))
 
     def frames(self, video: VideoReader, name: str) -> Iterator[Prediction]:
         """The same of every frame of a video, decoded on another thread. Raises `DataError` when it is damaged."""
@@ -214,7 +215,7 @@ class Predictor:
             picture = next(pictures, None)
             return None if picture is None else self.prepared(Sample([picture], sample_id=name, path=video.path))
 
-        loaded = ahead(load, itertools.count(), 1)
+        loaded = ahead(load, itertools.count(), 1, self.per_pass)
         return self.masks(iter(partial(next, loaded), None))
 
     def prepared(self, sample: Sample) -> Frame:
@@ -228,7 +229,7 @@ class Predictor:
     def masks(self, frames: Iterable[Frame]) -> Iterator[Prediction]:
         """The results, each brought to its picture's own size when it is asked for."""
         frames = iter(frames)
-        while chunk := list(itertools.islice(frames, 1 if self.tile else self.batch_size)):
+        while chunk := list(itertools.islice(frames, self.per_pass)):
             masks = self.masks_of([frame for frame in chunk if not frame.fault])
             for frame in chunk:
                 yield frame, frame.fault or next(masks)
@@ -287,11 +288,11 @@ def whole_statistics(picture: np.ndarray) -> tuple[float, float]:
     return mean / 255, max(0.0, variance) ** 0.5 / 255
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
-    """`map(work, items)`, in order, on threads that run at most a few items ahead of who asks.
+def ahead(work: Callable[[T], R], items: Iterable[T], threads: int, depth: int) -> Iterator[R]:
+    """`map(work, items)`, in order, on threads; at most `depth` results wait to be asked for. Without threads a `map`.
 
-    The items are taken, and with them the work of an `ahead` within is awaited, by who asks: three of these around the
-    model decode, predict and write at once, in bounded memory. Without threads it is `map`.
+    Items are taken by who asks, on whose thread an iterator within thus runs: one of these before the model and one
+    after it decode, predict and write at once, in bounded memory.
     """
     if not threads:
         yield from map(work, items)
@@ -300,7 +301,7 @@ def ahead(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) > 2 * threads:
+            if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -352,7 +353,7 @@ def write_stills(predictions: Iterable[Prediction], output: Path, draw: Draw) ->
             return Fault(info.path, str(error))
         return None
 
-    return [fault for fault in ahead(write, predictions, WRITERS) if fault]
+    return [fault for fault in ahead(write, predictions, WRITERS, WRITERS) if fault]
 
 
 def write_video(predictions: Iterable[Prediction], output: Path, name: str, rate: float, draw: Draw) -> None:
@@ -373,7 +374,7 @@ def write_video(predictions: Iterable[Prediction], output: Path, name: str, rate
             writers[kind].append(pixels)
 
     with ExitStack() as files:
-        for _ in ahead(append, ahead(draw, predictions, WRITERS), 1):
+        for _ in ahead(append, ahead(draw, predictions, WRITERS, WRITERS), 1, 1):
             pass
 
 

@@ -451,6 +451,20 @@ def test_few_results_wait_however_slow_the_disk_is(tmp_path: Path, monkeypatch: 
     assert most <= 3 * inference.WRITERS + 2
 
 
+def test_threads_keep_order_work_at_once_and_pass_errors_on() -> None:
+    together = threading.Barrier(3)
+
+    def work(number: int) -> int:
+        together.wait(10)  # breaks unless three are at work
+        time.sleep(0.01 * (number % 3))
+        return number
+
+    assert list(inference.ahead(work, range(12), 3, 3)) == list(range(12))
+    assert list(inference.ahead(lambda number: number, range(12), 0, 3)) == list(range(12))
+    with pytest.raises(ZeroDivisionError):
+        list(inference.ahead(lambda number: 1 // number, [2, 1, 0, 3], 2, 2))
+
+
 # ---------------------------------------------------------------- videos
 
 
