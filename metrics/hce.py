@@ -7,6 +7,7 @@ import numpy as np
 
 from metrics.pair import Pair
 from metrics.saliency import grown
+from metrics.skeleton import skeleton
 
 CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 RELAX = 5  # errors that are thinner than this many erosions and dilations need no click
@@ -93,71 +94,3 @@ def polygon_points(points: np.ndarray, kept: np.ndarray, contour: np.ndarray) ->
     for first, last in zip(firsts[meet], lasts[meet], strict=True):
         lines.append(np.concatenate([points[starts[last] : ends[last]], points[starts[first] : ends[first]][::-1]]))
     return total + sum(len(cv2.approxPolyDP(line, EPSILON, False)) for line in lines)
-
-
-# ---------------------------------------------------------------- the skeleton, where it is asked for
-
-
-def removable_table() -> np.ndarray:
-    """(256,) uint8: 1 for the neighbourhoods whose centre thinning removes in its first turn, 2 second, 3 both.
-
-    Bits are the neighbours clockwise from the top left. The conditions are those of Zhang and Suen (CACM 1984), and
-    then there are the neighbourhoods in which scikit-image's `skeletonize`, on which the measure is defined, differs.
-    """
-    table = np.zeros(256, np.uint8)
-    for code in range(256):
-        ring = [code >> bit & 1 for bit in range(8)]
-        _, north, _, east, _, south, _, west = ring
-        crossings = sum(ring[bit - 1] < ring[bit] for bit in range(8))
-        if crossings == 1 and 2 <= sum(ring) <= 6:
-            table[code] = not (north & east & south or east & south & west)
-            table[code] += 2 * (not (north & east & west or north & south & west))
-    table[[48, 129]] = 0
-    table[[3, 6, 11, 12, 14, 131, 134, 161, 194, 198]] = 1
-    table[[24, 26, 56, 96, 104, 108, 176, 192, 224]] = 2
-    table[[10, 40, 130, 160]] = 3
-    return table
-
-
-def settled_table(removable: np.ndarray) -> np.ndarray:
-    """(256,) bool: neighbourhoods whose centre stays whatever neighbours are removed yet."""
-    table = removable == 0
-    for code in range(256):
-        table[code] &= all(table[code & ~(1 << bit)] for bit in range(8))
-    return table
-
-
-REMOVABLE = removable_table()
-SETTLED = settled_table(REMOVABLE)
-
-
-def skeleton(mask: np.ndarray, *, where: np.ndarray) -> np.ndarray:
-    """Zhang and Suen's skeleton of `mask` within `where`, both (H, W) uint8 of 0 and 1: scikit-image's to the pixel.
-
-    Only pixels of which a neighbour has changed are tested again, and thinning ends as soon as the fate of all of
-    `where` is certain. What a prediction misses is mostly rim, which a few turns decide, while the core takes hundreds.
-    """
-    height, width = mask.shape
-    alive = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    asked = np.flatnonzero(cv2.copyMakeBorder(where, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0))
-    tested = np.flatnonzero(alive - cv2.erode(alive, np.ones((3, 3), np.uint8)))
-    alive, row = alive.ravel(), width + 2
-    around = np.array([-row - 1, -row, -row + 1, 1, row + 1, row, row - 1, -1])
-    stamp = np.empty(alive.size, np.intp)
-
-    def neighbourhoods(places: np.ndarray) -> np.ndarray:
-        return np.packbits(alive[places[:, None] + around], axis=1, bitorder="little")[:, 0]
-
-    while asked.size and tested.size:
-        for turn in (1, 2):
-            verdict = REMOVABLE[neighbourhoods(tested)]
-            removed = tested[verdict & turn != 0]
-            alive[removed] = 0
-            neighbours = (removed[:, None] + around).ravel()
-            tested = np.concatenate([tested[verdict == 3 - turn], neighbours[alive[neighbours] != 0]])
-            order = np.arange(tested.size)
-            stamp[tested] = order
-            tested = tested[stamp[tested] == order]  # each once
-        asked = asked[alive[asked] != 0]
-        asked = asked[~SETTLED[neighbourhoods(asked)]]
-    return alive.reshape(height + 2, row)[1:-1, 1:-1] & where

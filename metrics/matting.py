@@ -57,14 +57,14 @@ def connectivity_error(pair: Pair) -> float:
     reach; φ = 1 − d for what exceeds that level by d ≥ 0.15, else 1.
     """
     lower = np.minimum(pair.prediction, pair.alpha)
-    connected = np.zeros(lower.shape, np.uint8)  # the last step without a break
+    connected = np.zeros(lower.shape, np.uint8)  # the last step without a break before it
     for step in range(1, STEPS + 1):
         reached = above(lower, math.ceil(255 * step / STEPS) - 1)
         count, labels, statistics, _ = cv2.connectedComponentsWithStats(reached, connectivity=4)
         if count == 1:
             break
         largest = 1 + int(statistics[1:, cv2.CC_STAT_AREA].argmax())
-        connected[(labels == largest) & (connected == step - 1)] = step
+        connected += (labels == largest) & (connected == step - 1)
     level = connected / STEPS
     return float(np.abs(phi(pair.prediction / 255 - level) - phi(pair.alpha / 255 - level)).sum()) / 1000
 

@@ -1,0 +1,101 @@
+"""The field's scores against what PySODMetrics, BiRefNet's evaluation and the Boundary IoU API computed."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metrics import BinaryMetric
+from metrics.scores import CURVES, SCORES, field_scores
+from tests.conftest import SHARED, needs_shared
+
+pytestmark = needs_shared
+
+FOLDER = SHARED / "golden" / "metrics"
+KINDS = {"adp": "adaptive", "max": "max", "mean": "mean", "binary": "binary"}
+FAMILIES = {"Emeasure": "e", "Fmeasure": "f", "fmeasure": "f", "f1": "dice"}
+PYSODMETRICS = {
+    "Smeasure": "s_measure",
+    "wFmeasure": "weighted_f",
+    "MAE": "normalized_mae",
+    "HCE": "hce",
+    "MSIoU_adp_float64": "adaptive_msiou",
+    "MSIoU_binary_float64": "binary_msiou",
+}
+BIREFNET = {
+    "Smeasure": "s_measure_birefnet",
+    "wFmeasure": "weighted_f",
+    "MAE": "normalized_mae",
+    "MSE": "normalized_mse",
+    "HCE": "hce_birefnet",
+    "MBA": "mba_birefnet",
+    "BIoU_max": "max_biou_birefnet",
+    "BIoU_mean": "mean_biou_birefnet",
+}
+NOT_COUNTED = {"s_measure", "s_measure_birefnet", "weighted_f", "normalized_mae", "normalized_mse"}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    return json.loads((FOLDER / "expected_binary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def masks() -> dict[str, np.ndarray]:
+    return dict(np.load(FOLDER / "inputs_binary.npz"))
+
+
+def name_of(key: str, evaluator: str) -> str:
+    names = PYSODMETRICS if evaluator == "pysodmetrics" else BIREFNET
+    family, _, kind = key.partition("_")
+    return names.get(key) or f"{KINDS[kind]}_{FAMILIES.get(family, family)}"
+
+
+def check(figures: dict[str, float], golden: dict[str, dict[str, float | None]], case: str) -> int:
+    """Every figure of both evaluators; null is NaN. Returns how many there were."""
+    count = 0
+    for evaluator in ("pysodmetrics", "birefnet"):
+        for key, value in golden[evaluator].items():
+            if key in ("MSIoU_adp", "MSIoU_binary"):  # in float16; the float64 ones are beside them
+                continue
+            name = name_of(key, evaluator)
+            tolerance = 1e-6 if name in NOT_COUNTED else 1e-9
+            goal = math.nan if value is None else value
+            assert figures[name] == pytest.approx(goal, rel=0, abs=tolerance, nan_ok=True), (case, evaluator, key)
+            count += 1
+    return count
+
+
+def cases() -> list[str]:
+    if not FOLDER.is_dir():
+        return []
+    return [name for name in json.loads((FOLDER / "expected_binary.json").read_text()) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_every_figure_and_curve_of_a_case(case: str, expected: dict[str, Any], masks: dict[str, np.ndarray]) -> None:
+    scores, curves = field_scores(masks[f"{case}/pred"], masks[f"{case}/gt"], SCORES)
+    assert check(scores, expected[case], case) > 40
+    api = expected[case]["boundary_iou_api"]["BoundaryIoU"]
+    assert scores["boundary_iou"] == pytest.approx(math.nan if api is None else api, rel=0, abs=1e-9, nan_ok=True)
+    golden_curves = np.load(FOLDER / "curves_binary.npz")
+    for key, curve in {"em": "e", "fm": "f", "precision": "precision", "recall": "recall", "biou": "biou_birefnet",
+                       "birefnet_em": "e", "birefnet_fm": "f"}.items():  # fmt: skip
+        if f"{case}/{key}" in golden_curves:
+            np.testing.assert_allclose(curves[curve], golden_curves[f"{case}/{key}"], rtol=0, atol=1e-9)
+    assert set(curves) == set(CURVES)
+
+
+def test_curves_are_averaged_over_images_before_the_maximum(
+    expected: dict[str, Any], masks: dict[str, np.ndarray]
+) -> None:
+    metric = BinaryMetric(["all"])
+    for case in expected["_dataset"]["cases"]:
+        metric.update_masks(masks[f"{case}/pred"], masks[f"{case}/gt"], dataset="golden", sample_id=case, path=case)
+    metric.reduce()
+    assert check(metric.compute(), expected["_dataset"], "_dataset") > 40
+    assert metric.per_dataset()["golden"] == metric.compute()
