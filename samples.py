@@ -14,13 +14,16 @@ from torch import Tensor
 
 Size = tuple[int, int]
 
+IGNORED = 255  # the label of pixels that count nowhere
+
 
 @dataclass
 class Sample:
     """What every reader yields: a picture as it is on disk, with its annotation in the compact form it came in."""
 
     frames: list[np.ndarray]  # each (H, W, 3) uint8 RGB; one for a still image
-    masks: Any = None  # binary: (H, W) uint8 alpha; None at inference
+    masks: Any = None  # binary: (H, W) uint8 alpha; semantic: (H, W) uint8 labels; None at inference
+    are_labels: bool = False  # masks are labels: never interpolated, and ignored where there is no picture
     class_ids: list[int] = field(default_factory=list)  # binary: the auxiliary class, or none
     sample_id: str = ""
     path: str = ""

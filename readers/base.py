@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from errors import UserError
 from samples import Sample
@@ -75,6 +76,18 @@ class Reader(ABC):
             return [error.fault]
         return []
 
+    def findings(self) -> Any:
+        """What the check learned of the samples beside faults, for `adopt` on ranks that did not run it."""
+        return None
+
+    def adopt(self, findings: Any) -> None:
+        """Take over the `findings` of another rank's reader of the same data."""
+        assert findings is None
+
+    def origin(self, index: int) -> tuple[Reader, int]:
+        """The reader that a sample is really read by, and its index there."""
+        return self, index
+
     @property
     def datasets(self) -> dict[str, DatasetSummary]:
         """{name: (count, weight)} in order of appearance."""
@@ -104,6 +117,9 @@ class Subset(Reader):
 
     def find_faults(self, index: int) -> list[Fault]:
         return self.reader.find_faults(self.indices[index])
+
+    def origin(self, index: int) -> tuple[Reader, int]:
+        return self.reader.origin(self.indices[index])
 
     def sample_id(self, index: int) -> str:
         return self.reader.sample_id(self.indices[index])

@@ -26,13 +26,8 @@ class Pair:
 
 
 def parse_spec(spec: str, root: str | os.PathLike[str] | None) -> list[tuple[str, Path, float]]:
-    """`A+B:0.5` → [(name, folder, weight)]; names are the folders' own unless two of them are called the same."""
-
-    def locate(text: str) -> Path:
-        inside = Path(root or "") / text
-        return Path(text) if Path(text).exists() and not inside.exists() else inside
-
-    parts = [spec] if locate(spec).is_dir() else [part.strip() for part in spec.split("+")]  # a path may hold a +
+    """`A+B:0.5` → [(name, folder or json, weight)]; names are their own unless two of them are called the same."""
+    parts = [spec] if locate(spec, root).exists() else [part.strip() for part in spec.split("+")]  # a path may hold a +
     found = []
     for part in parts:
         text, colon, number = part.rpartition(":")
@@ -45,28 +40,49 @@ def parse_spec(spec: str, root: str | os.PathLike[str] | None) -> list[tuple[str
             raise UserError(f"data: an empty dataset name in {spec!r}; write name[:weight], joined with +")
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"data: the weight in {part!r} must be a number above 0")
-        found.append((text, locate(text), weight))
+        found.append((text, locate(text, root), weight))
     repeated = [text for text, count in Counter(text for text, _, _ in found).items() if count > 1]
     if repeated:
         raise UserError(f"data: {repeated[0]!r} is named twice in {spec!r}; give it a weight instead ({repeated[0]}:2)")
-    last_names = Counter(folder.name for _, folder, _ in found)
-    return [(f.name if f.name and last_names[f.name] == 1 else text, f, weight) for text, f, weight in found]
+    names = [path.name.removesuffix(".json") for _, path, _ in found]
+    return [
+        (name if name and names.count(name) == 1 else text, path, weight)
+        for name, (text, path, weight) in zip(names, found, strict=True)
+    ]
 
 
-def list_pairs(folder: Path, dataset: str, faults: list[Fault]) -> list[Pair]:
-    """The pairs of one dataset, sorted by stem; whatever is wrong goes to `faults`."""
-    for needed in (folder, folder / "im", folder / "gt"):
+def locate(text: str, root: str | os.PathLike[str] | None) -> Path:
+    """`<root>/<text>` where that exists, else the path as given if that does."""
+    inside = Path(root or "") / text
+    return Path(text) if Path(text).exists() and not inside.exists() else inside
+
+
+def list_pairs(
+    folder: Path,
+    dataset: str,
+    faults: list[Fault],
+    *,
+    images: tuple[str, ...] = ("im",),
+    masks: tuple[str, ...] = ("gt",),
+) -> list[Pair]:
+    """The pairs of one dataset, sorted by stem; whatever is wrong goes to `faults`.
+
+    Of the names that the two sub-folders may have, the first that is there is taken.
+    """
+    subs = [next((name for name in names if (folder / name).is_dir()), names[0]) for names in (images, masks)]
+    for needed in (folder, *(folder / sub for sub in subs)):
         if not needed.is_dir():
-            faults.append(Fault(str(needed), "is no folder; a dataset holds im/ with images and gt/ with masks"))
+            layout = f"a dataset holds {images[0]}/ with images and {masks[0]}/ with masks"
+            faults.append(Fault(str(needed), f"is no folder; {layout}"))
             return []
-    images, masks = (list_stems(folder, sub, faults) for sub in ("im", "gt"))
-    for stem in sorted(images.keys() - masks.keys()):
-        faults.append(Fault(images[stem], "has no mask of the same name in gt/"))
-    for stem in sorted(masks.keys() - images.keys()):
-        faults.append(Fault(masks[stem], "has no image of the same name in im/"))
-    if not images and not masks:
+    found, found_masks = (list_stems(folder, sub, faults) for sub in subs)
+    for stem in sorted(found.keys() - found_masks.keys()):
+        faults.append(Fault(found[stem], f"has no mask of the same name in {subs[1]}/"))
+    for stem in sorted(found_masks.keys() - found.keys()):
+        faults.append(Fault(found_masks[stem], f"has no image of the same name in {subs[0]}/"))
+    if not found and not found_masks:
         faults.append(Fault(str(folder), f"holds no images ({' '.join(s[1:] for s in IMAGE_SUFFIXES)})"))
-    return [Pair(images[stem], masks[stem], stem, dataset) for stem in sorted(images.keys() & masks.keys())]
+    return [Pair(found[stem], found_masks[stem], stem, dataset) for stem in sorted(found.keys() & found_masks.keys())]
 
 
 def list_stems(folder: Path, sub: str, faults: list[Fault]) -> dict[str, str]:
