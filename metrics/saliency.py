@@ -178,7 +178,7 @@ def structural_similarity(pair: Pair, quadrant: np.ndarray, place: tuple[slice, 
 
 KERNEL = np.exp(-(np.arange(-3, 4) ** 2) / 50)
 KERNEL /= KERNEL.sum()
-REACH = 4  # how far, in rows or columns, the nearest foreground is from a pixel that the 7 × 7 kernel brings to it
+REACH = 4  # rows or columns at most from a pixel within the 7 × 7 kernel of the foreground to the nearest foreground
 
 
 def weighted_f(pair: Pair) -> float:
@@ -191,15 +191,16 @@ def weighted_f(pair: Pair) -> float:
     # Beyond the foreground and what was predicted every error is 0. The kernel needs 3 pixels more.
     box = grown(cv2.boundingRect(cv2.max(pair.truth, pair.mask(first_above_zero(pair)))), 3, pair.truth.shape)
     prediction, truth = pair.prediction[box], pair.truth[box]
-    distance = cv2.distanceTransform(1 - truth, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    distance: np.ndarray = cv2.distanceTransform(1 - truth, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
     error = cv2.copyTo(cv2.LUT(prediction, 1 - pair.levels), truth)
-    with_those_of_the_nearest(error, truth, distance)
+    spread_from_the_nearest(error, truth, distance)
     blurred = cv2.sepFilter2D(error, cv2.CV_64F, KERNEL, KERNEL, borderType=cv2.BORDER_CONSTANT)
     missed = cv2.mean(cv2.min(error, blurred, dst=blurred), truth)[0]
 
     # An error in the background counts 2 − 0.5^(distance / 5).
-    weight = cv2.exp(cv2.multiply(distance, math.log(0.5) / 5, dst=distance), dst=distance)
+    distance *= math.log(0.5) / 5
+    weight = cv2.exp(distance, dst=distance)
     weighted = cv2.multiply(weight, cv2.LUT(prediction, pair.levels.astype(np.float32)), dst=weight)
     false = (
         2 * float(pair.histogram[0] @ pair.levels) - (truth.size - pair.foreground) * cv2.mean(weighted, 1 - truth)[0]
@@ -222,15 +223,16 @@ def grown(box: Sequence[int], margin: int, shape: tuple[int, ...]) -> tuple[slic
             slice(max(0, x - margin), min(shape[1], x + width + margin)))  # fmt: skip
 
 
-def with_those_of_the_nearest(error: np.ndarray, truth: np.ndarray, distance: np.ndarray) -> None:
-    """Write the error of the nearest foreground pixel into each background pixel within the kernel's reach of one.
+def spread_from_the_nearest(error: np.ndarray, truth: np.ndarray, distance: np.ndarray) -> None:
+    """Write the error of the nearest foreground pixel into each background pixel that the kernel brings to an error.
 
-    Of several nearest pixels it is the leftmost, and of those the uppermost, which is what SciPy's
+    `error`, 0 in the background until then, is changed in place. Of several nearest pixels it is the leftmost, and of those the uppermost, which is what SciPy's
     `distance_transform_edt` returns: it sweeps columns first, then rows, and keeps the first of equals.
     """
+    wrong = (error > 0).view(np.uint8)
+    places = np.flatnonzero(cv2.dilate(wrong, np.ones((7, 7), np.uint8)) & (1 - truth))
     foreground = np.pad(truth, REACH).view(bool).ravel()
     width, padded_width = truth.shape[1], truth.shape[1] + 2 * REACH
-    places = np.flatnonzero((distance < math.sqrt(18) + 0.1) & (distance > 0))
     padded = places + places // width * (2 * REACH) + REACH * (padded_width + 1)
     squared = np.rint(distance.ravel()[places] ** 2).astype(np.uint8)
     for square in np.flatnonzero(np.bincount(squared)):
