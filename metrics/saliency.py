@@ -226,22 +226,22 @@ def grown(box: Sequence[int], margin: int, shape: tuple[int, ...]) -> tuple[slic
 def spread_from_the_nearest(error: np.ndarray, truth: np.ndarray, distance: np.ndarray) -> None:
     """Write the error of the nearest foreground pixel into each background pixel that the kernel brings to an error.
 
-    `error`, 0 in the background until then, is changed in place. Of several nearest pixels it is the leftmost, and of those the uppermost, which is what SciPy's
-    `distance_transform_edt` returns: it sweeps columns first, then rows, and keeps the first of equals.
+    `error`, 0 in the background until then, is changed in place. Of several nearest pixels it is the leftmost, and of
+    those the uppermost, which is what SciPy's `distance_transform_edt` returns: it sweeps columns first, then rows, and
+    keeps the first of equals.
     """
     wrong = (error > 0).view(np.uint8)
     places = np.flatnonzero(cv2.dilate(wrong, np.ones((7, 7), np.uint8)) & (1 - truth))
     foreground = np.pad(truth, REACH).view(bool).ravel()
-    width, padded_width = truth.shape[1], truth.shape[1] + 2 * REACH
-    padded = places + places // width * (2 * REACH) + REACH * (padded_width + 1)
+    errors, width, padded_width = error.ravel(), truth.shape[1], truth.shape[1] + 2 * REACH
     squared = np.rint(distance.ravel()[places] ** 2).astype(np.uint8)
     for square in np.flatnonzero(np.bincount(squared)):
-        offsets = [(dx, dy) for dx in range(-REACH, REACH + 1) for dy in range(-REACH, REACH + 1)
-                   if dx * dx + dy * dy == square]  # fmt: skip
-        chosen = np.flatnonzero(squared == square)
-        here, here_padded = places[chosen], padded[chosen]
-        nearest = np.empty_like(here)
-        for dx, dy in reversed(offsets):
-            is_there = foreground[here_padded + (dy * padded_width + dx)]
-            np.copyto(nearest, here + (dy * width + dx), where=is_there)
-        error.ravel()[here] = error.ravel()[nearest]
+        here = places[squared == square]
+        padded = here + here // width * (2 * REACH) + REACH * (padded_width + 1)
+        for dx in range(-REACH, REACH + 1):
+            for dy in range(-REACH, REACH + 1):
+                if dx * dx + dy * dy == square:
+                    is_there = foreground[padded + (dy * padded_width + dx)]
+                    found = here[is_there]
+                    errors[found] = errors[found + (dy * width + dx)]
+                    here, padded = here[~is_there], padded[~is_there]
