@@ -40,9 +40,8 @@ class Pair:
     @cached_property
     def center(self) -> tuple[int, int]:
         """Row and column at which the S-measure cuts the image into quadrants: after the centroid of the truth."""
-        height, width = self.truth.shape
         if not self.foreground:
-            return int(np.round(height / 2)) + 1, int(np.round(width / 2)) + 1
+            return 1, 1  # the S-measure of an empty truth asks for no quadrant
         by_row = cv2.reduce(self.truth, 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S)[:, 0].astype(np.int64)
         by_column = cv2.reduce(self.truth, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S)[0].astype(np.int64)
         row, column = (int(counts @ np.arange(counts.size)) / self.foreground for counts in (by_row, by_column))

@@ -158,8 +158,8 @@ def structural_similarity(pair: Pair, quadrant: np.ndarray, place: tuple[slice, 
     y = int(foreground.sum()) / area
     present = np.flatnonzero(quadrant.sum(0))
     if y in (0, 1) and present.size == 1:
-        # Two flat maps score 1, unless rounding gave the reference a mean that differs from the one level there is.
-        # Only a map that is black where there is something, or the reverse, is flat beyond doubt.
+        # Two flat maps have no variance and score 1, unless the reference's mean of the equal levels is rounded away
+        # from them: then it sees a variance of 1e-34, and scores 0.
         return float(pair.stretched[place].mean() == pair.levels[present[0]])
     x = float((background + foreground) @ pair.levels) / area
     deviation = pair.levels - x
@@ -174,7 +174,6 @@ def structural_similarity(pair: Pair, quadrant: np.ndarray, place: tuple[slice, 
 
 
 # ---------------------------------------------------------------- from where pixels are
-
 
 KERNEL = np.exp(-(np.arange(-3, 4) ** 2) / 50)
 KERNEL /= KERNEL.sum()
