@@ -23,11 +23,11 @@ class Sample:
 
     frames: list[np.ndarray]  # each (H, W, 3) uint8 RGB; one for a still image
     masks: Any = None  # binary: (H, W) uint8 alpha; semantic: (H, W) uint8 labels; None at inference
-    are_labels: bool = False  # masks are labels: never interpolated, and ignored where there is no picture
     class_ids: list[int] = field(default_factory=list)  # binary: the auxiliary class, or none
     sample_id: str = ""
     path: str = ""
     dataset: str = ""
+    are_labels: bool = False  # masks are labels: never interpolated, and ignored where there is no picture
 
 
 @dataclass
@@ -66,6 +66,21 @@ class BinaryTarget:
 
     def pin_memory(self) -> BinaryTarget:
         return replace(self, masks=self.masks.pin_memory(), class_ids=self.class_ids.pin_memory())
+
+
+@dataclass
+class SemanticTarget:
+    """Targets of `semantic`: a class for each pixel, or `IGNORED`."""
+
+    labels: Tensor  # (B, H, W) uint8 at the model's size
+    originals: list[Tensor] = field(default_factory=list)  # evaluation: per sample (h, w) uint8 labels at its own size
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticTarget:
+        """Move what losses read; the originals, which may be huge, stay on the host."""
+        return replace(self, labels=self.labels.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SemanticTarget:
+        return replace(self, labels=self.labels.pin_memory())
 
 
 @dataclass

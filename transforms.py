@@ -22,10 +22,13 @@ import albumentations as A
 from albumentations.core.composition import BaseCompose
 from albumentations.core.transforms_interface import BasicTransform
 
+from colors import palette
 from errors import UserError, nearest
-from samples import Sample, Size
+from samples import IGNORED, Sample, Size
 
 Range = tuple[float, float]
+
+MEAN_COLOR = (124, 116, 104)  # ImageNet's: what pictures are filled up with becomes 0 when it is normalised
 
 OFFICIAL_BINARY: list[dict[str, Any]] = [
     {"name": "HorizontalFlip", "p": 0.5},
@@ -35,32 +38,46 @@ OFFICIAL_BINARY: list[dict[str, Any]] = [
 ]
 """BiRefNet's recipe: flip, rotate, brightness, contrast, colour, sharpness, and scattered black and white pixels."""
 
+OFFICIAL_SEMANTIC: list[dict[str, Any]] = [
+    {"name": "ScaleCrop", "p": 1.0, "scale": [0.5, 2.0], "cat_max_ratio": 0.75},
+    {"name": "HorizontalFlip", "p": 0.5},
+    {"name": "PhotometricDistortion", "p": 1.0},
+]
+"""SegFormer's recipe, which is MMSegmentation's: a crop at half to double scale of which no class takes over three
+quarters, flip, brightness, contrast, saturation and hue."""
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a list of names to one sample
 
 
 def resize(sample: Sample, size: Size) -> Sample:
-    """Frames and alpha at `size`; the aspect ratio is not kept, as in the official pipeline.
+    """Frames and masks at `size`; the aspect ratio is not kept, as in the official pipelines.
 
-    Bilinear without antialiasing (OpenCV's), for the mask as well: its edges become soft.
+    Bilinear without antialiasing (OpenCV's), for alpha as well: its edges become soft. Labels are those of the nearest
+    pixel.
     """
-    masks = None if sample.masks is None else _resize(sample.masks, size)
+    kind = cv2.INTER_NEAREST_EXACT if sample.are_labels else cv2.INTER_LINEAR
+    masks = None if sample.masks is None else _resize(sample.masks, size, kind)
     return dataclasses.replace(sample, frames=[_resize(frame, size) for frame in sample.frames], masks=masks)
 
 
-def _resize(image: np.ndarray, size: Size) -> np.ndarray:
+def _resize(image: np.ndarray, size: Size, interpolation: int = cv2.INTER_LINEAR) -> np.ndarray:
     if image.shape[:2] == tuple(size):
         return image
-    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, (size[1], size[0]), interpolation=interpolation)
 
 
 class Augment:
-    """The listed transforms, in order, on a still image and its alpha at the model's size.
+    """The listed transforms, in order, on a still image and its masks at the model's size.
 
     Each entry is `{name, p, **arguments}`: a transform of this file, or of albumentations; a composition (`OneOf`,
     `SomeOf`, `Sequential`) has its own list under `transforms`. OpenCV's constants go by name ("INTER_CUBIC"). A
-    transform that needs a size and is given none gets the model's. Alpha is interpolated linearly throughout.
+    transform that needs a size and is given none gets the model's. Alpha is interpolated linearly throughout; labels
+    never are, and what a transform fills up is ignored.
+
+    `takes_originals` says that the list chooses its own part of the picture at its own size (`ScaleCrop`); else the
+    picture is brought to the model's size first.
 
     Raises:
         UserError: an unknown name or argument, or a value that the transform refuses.
@@ -68,13 +85,14 @@ class Augment:
 
     def __init__(self, transforms: Sequence[dict[str, Any]]):
         self.transforms = list(transforms)
-        self._composed: dict[Size, A.Compose] = {}
-        self._compose((64, 64))  # so that mistakes show before the first sample
+        self._composed: dict[tuple[Size, bool], A.Compose] = {}
+        built = self._compose((64, 64), False)  # so that mistakes show before the first sample
+        self.takes_originals = any(isinstance(transform, ScaleCrop) for transform in built.transforms)
 
     def __call__(self, sample: Sample, size: Size, seeds: np.random.SeedSequence) -> Sample:
-        sample = resize(sample, size)
+        sample = sample if self.takes_originals else resize(sample, size)
         (image,) = sample.frames
-        composed = self._compose(size)
+        composed = self._compose(size, sample.are_labels)
         generator = np.random.Generator(np.random.PCG64(seeds))
         # One pair of streams for the whole list; albumentations' own seeding would give each transform the same one.
         composed.set_random_state(generator, random.Random(int(generator.integers(2**63))))
@@ -83,20 +101,21 @@ class Augment:
         result = composed(**targets)
         return resize(dataclasses.replace(sample, frames=[result["image"]], masks=result.get("mask")), size)
 
-    def _compose(self, size: Size) -> A.Compose:
-        if size not in self._composed:
-            built = [_build(entry, size) for entry in self.transforms]
-            self._composed[size] = A.Compose(built, mask_interpolation=cv2.INTER_LINEAR)
-        return self._composed[size]
+    def _compose(self, size: Size, are_labels: bool) -> A.Compose:
+        if (size, are_labels) not in self._composed:
+            built = [_build(entry, size, are_labels) for entry in self.transforms]
+            interpolation = cv2.INTER_NEAREST if are_labels else cv2.INTER_LINEAR
+            self._composed[size, are_labels] = A.Compose(built, mask_interpolation=interpolation)
+        return self._composed[size, are_labels]
 
 
-def _build(entry: dict[str, Any], size: Size) -> BasicTransform | BaseCompose:
+def _build(entry: dict[str, Any], size: Size, are_labels: bool) -> BasicTransform | BaseCompose:
     """One transform, or a composition with its children, from its entry in the list."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"augmentation: {entry!r} must be a mapping with the name of a transform, as {{name: Rotate}}")
     arguments = {key: _constant(value) for key, value in entry.items() if key != "name"}
     kind = _transform_named(entry["name"])
-    accepted = inspect.signature(kind).parameters.keys()
+    accepted = inspect.signature(kind).parameters
     for key in arguments:
         if key not in accepted:
             known = f"it takes {', '.join(sorted(accepted))}"
@@ -104,8 +123,10 @@ def _build(entry: dict[str, Any], size: Size) -> BasicTransform | BaseCompose:
     for key, value in (("size", size), ("height", size[0]), ("width", size[1])):
         if key in accepted:
             arguments.setdefault(key, value)
+    if are_labels and "fill_mask" in accepted and accepted["fill_mask"].default == 0:
+        arguments.setdefault("fill_mask", IGNORED)
     if "transforms" in accepted:
-        arguments["transforms"] = [_build(child, size) for child in arguments.get("transforms", [])]
+        arguments["transforms"] = [_build(child, size, are_labels) for child in arguments.get("transforms", [])]
     try:
         return kind(**arguments)
     except (ValueError, TypeError) as error:
@@ -121,7 +142,7 @@ def _constant(value: Any) -> Any:
 
 
 def _transform_named(name: str) -> type:
-    own = {kind.__name__: kind for kind in (Enhance, PepperNoise, RotateZoom, BackgroundSynthesis)}
+    own = {kind.__name__: kind for kind in OWN_TRANSFORMS}
     found = own.get(name) or getattr(A, name, None)
     if inspect.isclass(found) and issubclass(found, (BasicTransform, BaseCompose)):
         return found
@@ -238,6 +259,7 @@ class RotateZoom(A.DualTransform):
         if min(zoom) < (1.0 if border == "crop" else 0.1):
             raise ValueError(f"zoom {zoom} must be at least 1 with border crop, 0.1 with border reflect")
         self.limit, self.zoom, self.border = limit, zoom, border
+        self.mask_interpolation = cv2.INTER_LINEAR
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         height, width = params["shape"][:2]
@@ -249,11 +271,14 @@ class RotateZoom(A.DualTransform):
         return {"matrix": cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, zoom)}
 
     def apply(self, img: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
-        size = (img.shape[1], img.shape[0])
-        return cv2.warpAffine(img, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        return self._turn(img, matrix, cv2.INTER_LINEAR)
 
     def apply_to_mask(self, mask: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
-        return self.apply(mask, matrix)
+        return self._turn(mask, matrix, self.mask_interpolation)
+
+    def _turn(self, image: np.ndarray, matrix: np.ndarray, interpolation: int) -> np.ndarray:
+        size = (image.shape[1], image.shape[0])
+        return cv2.warpAffine(image, matrix, size, flags=interpolation, borderMode=cv2.BORDER_REFLECT_101)
 
 
 class BackgroundSynthesis(A.ImageOnlyTransform):
@@ -289,12 +314,204 @@ class BackgroundSynthesis(A.ImageOnlyTransform):
         return np.rint(img * weight + color.astype(np.float32) * (1 - weight)).astype(np.uint8)
 
 
+class ScaleCrop(A.DualTransform):
+    """A window of `size` on the picture at a scale drawn from its range; at 1 the picture just covers the window.
+
+    Where the picture ends the window is filled up: the image with ImageNet's mean, masks with `fill_mask`. Of labels
+    no class shall take `cat_max_ratio` of the window or more, for which ten places are tried (MMSegmentation's
+    RandomCrop); ignored ones do not count. Takes the picture as it is, and resamples nothing but the window.
+    """
+
+    class InitSchema(BasicTransform.InitSchema):
+        size: tuple[int, int]
+        scale: Range
+        cat_max_ratio: float
+        fill_mask: float
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: Range = (0.5, 2.0),
+        cat_max_ratio: float = 1.0,
+        fill_mask: float = 0,
+        p: float = 1.0,
+    ):
+        super().__init__(p=p)
+        if min(scale) <= 0:
+            raise ValueError(f"scale {scale} must be above 0")
+        self.size, self.scale, self.cat_max_ratio, self.fill_mask = size, scale, cat_max_ratio, fill_mask
+        self.mask_interpolation = cv2.INTER_LINEAR
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        (height, width), (rows, columns) = params["shape"][:2], self.size
+        factor = self.py_random.uniform(*self.scale) * max(rows / height, columns / width)
+        scaled = round(height * factor), round(width * factor)
+        for _ in range(10):
+            top, left = (self.py_random.uniform(0, max(0, a - b)) for a, b in zip(scaled, self.size, strict=True))
+            if self.cat_max_ratio >= 1 or not self._is_dominated(data["mask"], top, left, factor):
+                break
+        shift = (factor - 1) / 2  # of pixel centres
+        matrix = np.array([[factor, 0, shift - left], [0, factor, shift - top]])
+        return {"matrix": matrix, "inside": (min(rows, scaled[0]), min(columns, scaled[1]))}
+
+    def _is_dominated(self, labels: np.ndarray, top: float, left: float, factor: float) -> bool:
+        """Whether one class takes too much of the window, by about as many of its pixels as the window will have."""
+        step = max(1, int(1 / factor))
+        rows, columns = (
+            slice(int(start / factor), math.ceil((start + side) / factor), step)
+            for start, side in zip((top, left), self.size, strict=True)
+        )
+        counts = np.bincount(labels[rows, columns].ravel(), minlength=256)[:IGNORED]
+        return counts.max() >= self.cat_max_ratio * counts.sum()
+
+    def apply(self, img: np.ndarray, matrix: np.ndarray, inside: Size, **params: Any) -> np.ndarray:
+        return self._window(img, matrix, inside, cv2.INTER_LINEAR, MEAN_COLOR)
+
+    def apply_to_mask(self, mask: np.ndarray, matrix: np.ndarray, inside: Size, **params: Any) -> np.ndarray:
+        return self._window(mask, matrix, inside, self.mask_interpolation, self.fill_mask)
+
+    def _window(self, image: np.ndarray, matrix: np.ndarray, inside: Size, interpolation: int, fill: Any) -> np.ndarray:
+        window = cv2.warpAffine(image, matrix, self.size[::-1], flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
+        window[inside[0] :] = fill
+        window[:, inside[1] :] = fill
+        return window
+
+
+class PhotometricDistortion(A.ImageOnlyTransform):
+    """Brightness, contrast, saturation and hue, each changed in every second picture (SSD, Liu et al., 2016).
+
+    As in MMSegmentation: brightness in levels, contrast as a factor of all values, before or after the colours, hue in
+    OpenCV's 180 steps.
+    """
+
+    class InitSchema(BasicTransform.InitSchema):
+        brightness: float
+        contrast: Range
+        saturation: Range
+        hue: int
+
+    def __init__(
+        self,
+        brightness: float = 32.0,
+        contrast: Range = (0.5, 1.5),
+        saturation: Range = (0.5, 1.5),
+        hue: int = 18,
+        p: float = 0.5,
+    ):
+        super().__init__(p=p)
+        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
+
+    def get_params(self) -> dict[str, Any]:
+        draw = self.py_random
+        return {
+            "brightness": draw.uniform(-self.brightness, self.brightness) if draw.random() < 0.5 else 0.0,
+            "contrast": draw.uniform(*self.contrast) if draw.random() < 0.5 else 1.0,
+            "contrast_first": draw.random() < 0.5,
+            "saturation": draw.uniform(*self.saturation) if draw.random() < 0.5 else 1.0,
+            "hue": draw.randint(-self.hue, self.hue) if draw.random() < 0.5 else 0,
+        }
+
+    def apply(
+        self,
+        img: np.ndarray,
+        brightness: float,
+        contrast: float,
+        contrast_first: bool,
+        saturation: float,
+        hue: int,
+        **params: Any,
+    ) -> np.ndarray:
+        levels = np.clip(np.arange(256) + brightness, 0, 255)
+        if contrast_first:
+            levels = np.clip(levels * contrast, 0, 255)
+        image = cv2.LUT(img, levels.astype(np.uint8))
+        if saturation != 1 or hue:
+            image = change_colors(image, saturation, hue)
+        return image if contrast_first else scale_brightness(image, contrast)
+
+
+def change_colors(image: np.ndarray, saturation: float, hue: int) -> np.ndarray:
+    """Saturation by a factor, hue by steps of two degrees."""
+    levels = np.arange(256)
+    table = np.stack([(levels + hue) % 180, np.clip(levels * saturation, 0, 255), levels], axis=-1).astype(np.uint8)
+    return cv2.cvtColor(cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table[None]), cv2.COLOR_HSV2RGB)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies: one or a few operations of a list for each picture
+
+
+def policy_operations(strength: float, fill_mask: float) -> list[BasicTransform]:
+    """The fourteen operations of RandAugment (Cubuk et al., 2019, table 6 of AutoAugment), each drawing its amount from
+    the share `strength` of its range to both sides. Masks follow those that move pixels."""
+
+    def move(**how: Any) -> BasicTransform:
+        constant = cv2.BORDER_CONSTANT
+        return A.Affine(**how, border_mode=constant, fill=MEAN_COLOR, fill_mask=fill_mask, p=1)
+
+    def enhance(what: str) -> BasicTransform:
+        unchanged: dict[str, Any] = dict.fromkeys(("brightness", "contrast", "color", "sharpness"), (1.0, 1.0))
+        return Enhance(**{**unchanged, what: (1 - 0.9 * strength, 1 + 0.9 * strength)}, p=1)
+
+    def both_ways(limit: float) -> Range:
+        return (-limit * strength, limit * strength)
+
+    return [
+        A.NoOp(p=1),
+        A.AutoContrast(method="pil", p=1),
+        A.Equalize(mode="pil", p=1),
+        A.Solarize(threshold_range=(1 - strength, 1.0), p=1),
+        A.Posterize(num_bits=(round(8 - 4 * strength), 8), p=1),
+        enhance("brightness"),
+        enhance("contrast"),
+        enhance("color"),
+        enhance("sharpness"),
+        move(rotate=both_ways(30)),
+        move(shear={"x": both_ways(17), "y": 0}),
+        move(shear={"x": 0, "y": both_ways(17)}),
+        move(translate_percent={"x": both_ways(0.3), "y": 0}),
+        move(translate_percent={"x": 0, "y": both_ways(0.3)}),
+    ]
+
+
+class TrivialAugment(A.OneOf):
+    """One operation for each picture, of any amount (Müller and Hutter, 2021, over RandAugment's operations)."""
+
+    def __init__(self, fill_mask: float = 0, p: float = 1.0):
+        super().__init__(policy_operations(1.0, fill_mask), p=p)
+
+
+class RandAugment(A.SomeOf):
+    """`operations` of them one after the other, of amounts up to `magnitude` thirtieths (Cubuk et al., 2019, where each
+    has that amount exactly)."""
+
+    def __init__(self, operations: int = 2, magnitude: float = 9, fill_mask: float = 0, p: float = 1.0):
+        if not (operations >= 1 and 0 < magnitude <= 30):
+            raise ValueError("operations must be at least 1, magnitude above 0 and at most 30")
+        super().__init__(policy_operations(magnitude / 30, fill_mask), n=operations, replace=True, p=p)
+
+
+OWN_TRANSFORMS: tuple[type, ...] = (
+    Enhance,
+    PepperNoise,
+    RotateZoom,
+    BackgroundSynthesis,
+    ScaleCrop,
+    PhotometricDistortion,
+    TrivialAugment,
+    RandAugment,
+)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Looking at it
 
 
 def preview_sheet(samples: Sequence[Sample], *, columns: int = 4, cell: int = 192) -> np.ndarray:
-    """A contact sheet, (H, W, 3) uint8 RGB: each sample's image beside its alpha, `cell` pixels wide, with its name."""
+    """A contact sheet, (H, W, 3) uint8 RGB: each sample's image beside its masks, `cell` pixels wide, with its name.
+
+    Labels have the colours of `colors.palette`.
+    """
     cells = [_preview_cell(sample, cell) for sample in samples]
     columns = min(columns, len(cells))
     height, width = max(c.shape[0] for c in cells), cells[0].shape[1]
@@ -306,11 +523,13 @@ def preview_sheet(samples: Sequence[Sample], *, columns: int = 4, cell: int = 19
 
 
 def _preview_cell(sample: Sample, cell: int) -> np.ndarray:
-    """Image and alpha side by side, a caption below, a margin around."""
+    """Image and masks side by side, a caption below, a margin around."""
+    height, width = sample.frames[0].shape[:2]
+    sample = resize(sample, (max(1, round(height * cell / width)), cell))
     image = sample.frames[0]
-    size = (max(1, round(image.shape[0] * cell / image.shape[1])), cell)
-    alpha = np.zeros(image.shape[:2], np.uint8) if sample.masks is None else sample.masks
-    both = np.hstack([_resize(image, size), np.repeat(_resize(alpha, size)[:, :, None], 3, axis=2)])
+    masks = np.zeros(image.shape[:2], np.uint8) if sample.masks is None else sample.masks
+    drawn = palette()[masks] if sample.are_labels else np.repeat(masks[:, :, None], 3, axis=2)
+    both = np.hstack([image, drawn])
     framed = cv2.copyMakeBorder(both, 4, 20, 4, 4, cv2.BORDER_CONSTANT, value=(32, 32, 32))
     place = (6, framed.shape[0] - 6)
     caption = sample.sample_id.encode("ascii", "replace").decode()  # OpenCV's fonts know no other letters
