@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from errors import UserError
 from readers import Reader
-from samples import Batch, BinaryTarget, Sample, SampleInfo, SampleKey, Size
+from samples import Batch, BinaryTarget, Sample, SampleInfo, SampleKey, SemanticTarget, Size
 from transforms import resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -46,6 +46,7 @@ class Item:
     image: np.ndarray  # (H, W, 3) uint8 at the model's size
     target: Any  # what the task's `make_target` returned, or None at inference
     info: SampleInfo
+    key: SampleKey
 
 
 class Dataset(torch.utils.data.Dataset[Item]):
@@ -77,7 +78,7 @@ class Dataset(torch.utils.data.Dataset[Item]):
         target = None
         if sample.masks is not None:
             target = self.make_target(sample, original if self.augment is None else None)
-        return Item(image=sample.frames[0], target=target, info=info)
+        return Item(image=sample.frames[0], target=target, info=info, key=key)
 
     def prepared(self, key: SampleKey) -> Sample:
         """The sample that the model will see, for previews."""
@@ -241,9 +242,17 @@ def normalize(images: np.ndarray, statistics: str | tuple[float, float] = "image
 
 
 def collate(
-    items: Sequence[Item], *, collate_targets: Callable[[list[Any]], Any], statistics: str = "imagenet"
+    items: Sequence[Item],
+    *,
+    collate_targets: Callable[[list[Any]], Any],
+    statistics: str = "imagenet",
+    mix: Callable[[Sequence[Item]], Sequence[Item]] | None = None,
 ) -> Batch:
-    """Stack items of one size into a batch; `collate_targets` is the task's, and is not asked at inference."""
+    """Stack items of one size into a batch; `collate_targets` is the task's, and is not asked at inference.
+
+    `mix` makes mixtures of the items first, in training (`mixing.Mix`).
+    """
+    items = items if mix is None else mix(items)
     targets = [item.target for item in items]
     return Batch(
         images=normalize(np.stack([item.image for item in items]), statistics),
@@ -258,6 +267,7 @@ def build_loader(
     *,
     collate_targets: Callable[[list[Any]], Any],
     statistics: str = "imagenet",
+    mix: Callable[[Sequence[Item]], Sequence[Item]] | None = None,
     workers: int = 0,
     persistent: bool = False,
     pin: bool = False,
@@ -271,7 +281,7 @@ def build_loader(
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # of items; what the loader yields is collated
         batch_sampler=sampler,
-        collate_fn=functools.partial(collate, collate_targets=collate_targets, statistics=statistics),
+        collate_fn=functools.partial(collate, collate_targets=collate_targets, statistics=statistics, mix=mix),
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
         prefetch_factor=prefetch if workers > 0 else None,
@@ -334,5 +344,28 @@ def collate_binary(items: Sequence[BinaryItem]) -> BinaryTarget:
     return BinaryTarget(
         masks=torch.from_numpy(np.stack([item.alpha for item in items])).unsqueeze(1).float().div_(255),
         class_ids=torch.tensor([item.class_id for item in items], dtype=torch.int64),
+        originals=[torch.from_numpy(item.original) for item in items if item.original is not None],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The semantic task
+
+
+@dataclass
+class SemanticItem:
+    labels: np.ndarray  # (H, W) uint8 at the model's size
+    original: np.ndarray | None  # (h, w) uint8 at the sample's own size, in evaluation
+
+
+def semantic_target(sample: Sample, original: Sample | None) -> SemanticItem:
+    """The target of one sample; `original` is the sample as read, in evaluation."""
+    return SemanticItem(labels=sample.masks, original=None if original is None else original.masks)
+
+
+def collate_semantic(items: Sequence[SemanticItem]) -> SemanticTarget:
+    """Labels as uint8 (B, H, W); see `SemanticTarget`."""
+    return SemanticTarget(
+        labels=torch.from_numpy(np.stack([item.labels for item in items])),
         originals=[torch.from_numpy(item.original) for item in items if item.original is not None],
     )
