@@ -158,7 +158,44 @@ def structure(logits: Tensor, target: Tensor) -> Tensor:
     return weighted_bce + 1 - (intersection + 1) / (union + 1)
 
 
-class BinaryCriterion(nn.Module):
+class Criterion(nn.Module):
+    """Terms with weights that a phase of the training may change: what the criteria of all tasks have.
+
+    `counts(batch)` says what the terms average over; `forward(outputs, batch, counts)` returns them, weighted, by name.
+    """
+
+    terms: tuple[str, ...]
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        """A term that is absent or 0 is not computed. UserError for an unknown one, or if none has a weight."""
+        super().__init__()
+        self._check_terms(weights)
+        self.weights = dict(weights)
+        self.set_phase({})
+
+    def set_phase(self, factors: Mapping[str, float]) -> None:
+        """Multiply the configured weights by `factors`, absent terms by 1; `{}` returns to the configured weights.
+
+        Factors never compound, whereas BiRefNet's official last-epochs phase multiplies again in every epoch.
+        Raises UserError for an unknown term, or if no term is left.
+        """
+        self._check_terms(factors)
+        phased = {term: weight * factors.get(term, 1.0) for term, weight in self.weights.items()}
+        self.active = {term: weight for term, weight in phased.items() if weight}
+        if not self.active:
+            raise UserError("the loss weights leave no term to train: give at least one a weight above 0")
+
+    @classmethod
+    def _check_terms(cls, names: Mapping[str, float]) -> None:
+        for name in names:
+            if name not in cls.terms:
+                known = ", ".join(cls.terms)
+                raise UserError(
+                    f"the loss weights name an unknown term '{name}'{nearest(name, cls.terms)}; the terms are {known}"
+                )
+
+
+class BinaryCriterion(Criterion):
     """Multi-level supervision of one soft mask per image, with BiRefNet's terms.
 
     weights: weight of each term; a term that is absent or 0 is not computed.
@@ -189,26 +226,11 @@ class BinaryCriterion(nn.Module):
         structure_on: Literal["logits", "probabilities"] = "logits",
     ) -> None:
         """Raises UserError for an unknown term, or if no term has a weight."""
-        super().__init__()
-        self._check_terms(weights)
-        self.weights = dict(weights)
+        super().__init__(weights)
         self.iou_reduction = iou_reduction
         self.iou_smooth = iou_smooth
         self.patch_iou = patch_iou
         self.structure_on = structure_on
-        self.set_phase({})
-
-    def set_phase(self, factors: Mapping[str, float]) -> None:
-        """Multiply the configured weights by `factors`, absent terms by 1; `{}` returns to the configured weights.
-
-        Factors never compound, whereas the official last-epochs phase multiplies again in every epoch.
-        Raises UserError for an unknown term, or if no term is left.
-        """
-        self._check_terms(factors)
-        phased = {term: weight * factors.get(term, 1.0) for term, weight in self.weights.items()}
-        self.active = {term: weight for term, weight in phased.items() if weight}
-        if not self.active:
-            raise UserError("the loss weights leave no term to train: give at least one a weight above 0")
 
     def counts(self, batch: Any) -> dict[str, Tensor]:
         """What the terms average over, 0-dim float32 on the device; to be summed over micro-batches and ranks."""
@@ -289,12 +311,3 @@ class BinaryCriterion(nn.Module):
     def _reduce_iou(self, losses: Tensor, counts: Mapping[str, Tensor]) -> Tensor:
         """losses: (levels, B, windows)."""
         return losses.sum() if self.iou_reduction == "sum" else losses.mean(-1).sum() / counts["images"]
-
-    @classmethod
-    def _check_terms(cls, names: Mapping[str, float]) -> None:
-        for name in names:
-            if name not in cls.terms:
-                known = ", ".join(cls.terms)
-                raise UserError(
-                    f"the loss weights name an unknown term '{name}'{nearest(name, cls.terms)}; the terms are {known}"
-                )

@@ -191,7 +191,7 @@ def build_run(
         dataset_names=list(readers[0].datasets),
         raw_model=raw_model,
         model=raw_model,
-        criterion=build_criterion(config),
+        criterion=build_criterion(config).to(world.device),
         optimizer=optimizer,
         schedule=Schedule(
             optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch, **asdict(config.scheduler)

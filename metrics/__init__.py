@@ -2,5 +2,6 @@
 
 from metrics.base import Row, StreamingMetric
 from metrics.binary import BinaryMetric
+from metrics.semantic import SemanticMetric
 
-__all__ = ["BinaryMetric", "Row", "StreamingMetric"]
+__all__ = ["BinaryMetric", "Row", "SemanticMetric", "StreamingMetric"]

@@ -1,4 +1,4 @@
-"""The field's scores against what PySODMetrics, BiRefNet's evaluation and the Boundary IoU API computed."""
+"""The scores against what PySODMetrics, BiRefNet's evaluation, the Boundary IoU API and mmsegmentation computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metrics import BinaryMetric
+from metrics import BinaryMetric, SemanticMetric
 from metrics.scores import CURVES, SCORES, field_scores
 from tests.conftest import SHARED, needs_shared
 
@@ -99,3 +99,27 @@ def test_curves_are_averaged_over_images_before_the_maximum(
     metric.reduce()
     assert check(metric.compute(), expected["_dataset"], "_dataset") > 40
     assert metric.per_dataset()["golden"] == metric.compute()
+
+
+# ---------------------------------------------------------------- semantic
+
+
+@pytest.mark.parametrize("case", ["c2", "c21", "c81"])
+def test_semantic_figures_are_those_of_mmseg(case: str) -> None:
+    golden = json.loads((FOLDER / "expected_semantic.json").read_text())[case]
+    inputs = np.load(FOLDER / "inputs_semantic.npz")
+    metric = SemanticMetric(class_names=[str(label) for label in range(golden["num_classes"])])
+    count = sum(name.startswith(f"{case}/pred") for name in inputs.files)
+    for index in range(count):
+        about = {"dataset": "d", "sample_id": str(index), "path": ""}
+        metric.update_masks(inputs[f"{case}/pred{index}"], inputs[f"{case}/gt{index}"], **about)
+    metric.reduce()
+    assert (metric.confusion() == inputs[f"{case}/confusion"]).all()
+    scores, classes = metric.compute(), metric.per_class()
+    for name, wanted in {"miou": "mIoU", "mean_accuracy": "mAcc", "accuracy": "aAcc"}.items():
+        assert scores[name] == pytest.approx(golden[wanted], rel=1e-9), name
+    assert scores["dice"] == pytest.approx(golden["mmseg_1.2.2"]["Dice"], rel=1e-6)
+    for name in ("iou", "acc"):
+        wanted = [math.nan if value is None else value for value in golden[f"per_class_{name}"]]
+        found = [each["accuracy" if name == "acc" else name] for each in classes]
+        assert found == pytest.approx(wanted, rel=1e-9, nan_ok=True)
