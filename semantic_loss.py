@@ -98,7 +98,7 @@ class SemanticCriterion(Criterion):
         weights = self._pixel_weights(labels).to(logits.dtype)
         share = ratio(weights.sum(), pixels)
         smoothed = self.label_smoothing > 0 and "ce" in self.active
-        spread = self.label_weights[: self.num_classes] / self.num_classes if smoothed else None
+        spread = self.label_weights[: self.num_classes].to(logits) / self.num_classes if smoothed else None
         nll, log_sum, class_sums, spread_nll = pixel_statistics(
             logits, labels, spread=spread, sum_classes="dice" in self.active
         )
@@ -233,7 +233,6 @@ class _PixelStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, spread: Tensor | None, sum_classes: bool) -> Any:
-        ctx.sum_classes = sum_classes
         ctx.save_for_backward(logits, labels, spread)
         nll, log_sum, spread_nll = [], [], []
         class_sums = logits.new_zeros(logits.shape[1]) if sum_classes else None

@@ -1,9 +1,11 @@
-"""The criterion against values and gradients that the official BiRefNet losses computed."""
+"""The criteria against values and gradients that the official losses computed."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
+import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loss import BinaryCriterion, structure
+from samples import SemanticTarget
+from semantic_loss import SemanticCriterion
 from tests.conftest import SHARED, needs_shared
 
 pytestmark = needs_shared
@@ -147,3 +151,49 @@ def test_gradient_reference(inputs: Inputs, expected: dict, golden: ModuleType) 
         assert_close(alone["gradient"].item(), expected[f"gdt_{index}"].item(), VALUE)
         assert_close(golden.sample(prediction.grad, 512), expected[f"gdt_grad_pred{index}"], GRADIENT)
         assert_close(golden.sample(level.grad, 512), expected[f"gdt_grad_level{index}"], GRADIENT)
+
+
+# ---------------------------------------------------------------- semantic
+
+
+@pytest.fixture(scope="module")
+def segformer(golden: ModuleType) -> tuple[Any, Tensor, Tensor, dict[str, Any]]:
+    """(Hugging Face's model in training mode, images, labels, the golden case)."""
+    transformers = pytest.importorskip("transformers")
+    folder = SHARED / "golden" / "segformer"
+    case = json.loads((folder / "case_train_b0.json").read_text())
+    keys = json.loads((folder / case["keys"]).read_text())
+    dropouts = ("drop_path_rate", "classifier_dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    config = transformers.SegformerConfig(num_labels=case["num_labels"], **dict.fromkeys(dropouts, 0.0))
+    model = transformers.SegformerForSemanticSegmentation.from_pretrained(
+        None, config=config, state_dict=golden.make_state_dict(keys)
+    )
+    sys.modules["golden"] = golden  # which cases.py imports
+    cases = runpy.run_path(str(folder / "cases.py"))
+    labels = cases["label_map"](case["labels"]["name"], case["labels"]["shape"], case["num_labels"])
+    return model.train(), golden.make_image(**case["image"]), labels.byte(), case
+
+
+@pytest.mark.parametrize("terms", [("ce",), ("dice",), ("ce", "dice")])
+def test_cross_entropy_and_dice_of_segformer(terms: tuple[str, ...], segformer: Any, golden: ModuleType) -> None:
+    model, images, labels, case = segformer
+    expected = np.load(SHARED / "golden" / "segformer" / "expected_train_b0.npz")
+    criterion = SemanticCriterion(dict.fromkeys(terms, 1.0), num_classes=case["num_labels"])
+    batch = SimpleNamespace(targets=SemanticTarget(labels))
+    counts = criterion.counts(batch)
+    assert counts["pixels"].item() == case["values"]["valid_pixels"]
+    model.zero_grad()
+    losses = criterion({"logits": model(images).logits}, batch, counts)
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    name = "_plus_".join(terms)
+    assert_close(total.item(), case["values"][name], VALUE)
+    norms = torch.stack([parameter.grad.norm() for parameter in model.parameters()])
+    wanted_norm = case["values"][f"total_grad_norm_{name}"]
+    assert_close(norms.norm().item(), wanted_norm, (1e-5, 0))
+    # Key biases have gradients of rounding alone. The model's own order of parameters is not the golden's.
+    wanted = np.sort(expected[f"grad_norm_{name}"])
+    assert_close(norms.sort().values.numpy(), wanted, (1e-3, 1e-6 * wanted_norm))
+    if len(terms) == 2:
+        gradient = golden.sample(model.decode_head.classifier.weight.grad)
+        assert_close(gradient, expected[f"grad_sample_classifier_{name}"], (1e-4, 1e-6 * wanted_norm))

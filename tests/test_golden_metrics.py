@@ -120,6 +120,6 @@ def test_semantic_figures_are_those_of_mmseg(case: str) -> None:
         assert scores[name] == pytest.approx(golden[wanted], rel=1e-9), name
     assert scores["dice"] == pytest.approx(golden["mmseg_1.2.2"]["Dice"], rel=1e-6)
     for name in ("iou", "acc"):
-        wanted = [math.nan if value is None else value for value in golden[f"per_class_{name}"]]
+        per_class = [math.nan if value is None else value for value in golden[f"per_class_{name}"]]
         found = [each["accuracy" if name == "acc" else name] for each in classes]
-        assert found == pytest.approx(wanted, rel=1e-9, nan_ok=True)
+        assert found == pytest.approx(per_class, rel=1e-9, nan_ok=True)
