@@ -30,11 +30,19 @@ def bands(logits: Tensor, size: Size) -> Iterator[Tensor]:
     """(B, C, rows, width) float32 bands, top to bottom, of (B, C, h, w) logits resized to `size`."""
     batch, classes, rows, _ = logits.shape
     height, width = size
-    position = ((torch.arange(height, device=logits.device) + 0.5) * (rows / height) - 0.5).clamp(min=0)
-    upper = position.long()
-    lower = (upper + 1).clamp(max=rows - 1)
-    weight = (position - upper)[:, None]
     step = max(1, BAND_VALUES // (batch * classes * width))
-    for above, below, share in zip(upper.split(step), lower.split(step), weight.split(step), strict=True):
+    sources = source_rows(rows, height, torch.float32, logits.device)
+    for above, below, share in zip(*(each.split(step) for each in sources), strict=True):
         narrow = torch.lerp(logits[:, :, above].float(), logits[:, :, below].float(), share)
         yield F.interpolate(narrow, (len(share), width), mode="bilinear")
+
+
+def source_rows(rows: int, height: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What each of `height` rows is made of when `rows` are resized: (upper row, lower row, share of the lower one).
+
+    The indices are (height,) int64, the shares (height, 1) in [0, 1).
+    """
+    position = (torch.arange(height, dtype=dtype, device=device) + 0.5) * (rows / height) - 0.5
+    position = position.clamp(min=0)
+    upper = position.long()
+    return upper, (upper + 1).clamp(max=rows - 1), (position - upper).unsqueeze(1)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from errors import UserError, nearest
 from loss import Criterion, full_precision
+from maps import source_rows
 
 # Logits that a band holds: what stays in the cache of each core, and enough to keep an accelerator busy (128 MB).
 CPU_BAND = 2**18
@@ -75,7 +76,7 @@ class SemanticCriterion(Criterion):
         self.focal_gamma = focal_gamma
         self.ohem_threshold = ohem_threshold
         self.ohem_min_kept = ohem_min_kept
-        known = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights)
+        known = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("label_weights", F.pad(known, (0, LABELS - num_classes)), persistent=False)
 
     def counts(self, batch: Any) -> dict[str, Tensor]:
@@ -218,12 +219,12 @@ def jaccard_steps(truth: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pixel_statistics(
     logits: Tensor, labels: Tensor, *, spread: Tensor | None = None, sum_classes: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Any, Any]:
     """Of logits (B, C, h, w) resized to labels (B, H, W), bilinear with corners not aligned:
 
     (negative log likelihood of the label, (B, H, W), 0 where it is ignored; log-sum-exp over classes, (B, H, W);
-    where asked for, Σ p of each class over the pixels that are not ignored, (C,), and Σ_c spread_c · nll_c of each
-    pixel, (B, H, W), 0 where it is ignored). Differentiable once.
+    where asked for, else None, Σ p of each class over the pixels that are not ignored, (C,), and Σ_c spread_c · nll_c
+    of each pixel, (B, H, W), 0 where it is ignored). Differentiable once.
     """
     return _PixelStatistics.apply(logits, labels, spread, sum_classes)
 
@@ -291,11 +292,8 @@ def bands(logits: Tensor, labels: Tensor) -> Iterator[Band]:
     batch, classes, source_height, _ = logits.shape
     height, width = labels.shape[1:]
     maps = logits.permute(0, 2, 3, 1).contiguous()
-    position = (torch.arange(height, device=logits.device, dtype=logits.dtype) + 0.5) * (source_height / height) - 0.5
-    position = position.clamp(min=0)
-    upper = position.long()
-    lower = (upper + 1).clamp(max=source_height - 1)
-    fraction = (position - upper).view(-1, 1, 1)
+    upper, lower, fraction = source_rows(source_height, height, logits.dtype, logits.device)
+    fraction = fraction.unsqueeze(-1)
     held = CPU_BAND * torch.get_num_threads() if logits.device.type == "cpu" else DEVICE_BAND
     step = max(1, held // (batch * classes * width))
     for start in range(0, height, step):

@@ -90,7 +90,7 @@ def assert_same(value: Tensor, expected: Tensor, logits: Tensor, rtol: float = 1
 @pytest.mark.parametrize("weighted", [False, True])
 def test_cross_entropy_is_torchs_on_resized_logits(small: Any, large: Any, smoothing: float, weighted: bool) -> None:
     logits, labels = data(2, small, large)
-    weights = [0.5, 2.0, 1.0, 0.25, 3.0] if weighted else None
+    weights = [0.5, 2, 1, 0.25, 3] if weighted else None
     with small_bands(500):
         value = loss_of("ce", logits, labels, class_weights=weights, label_smoothing=smoothing)
         expected = F.cross_entropy(
@@ -191,9 +191,7 @@ def test_gradients_of_the_parts_are_those_of_finite_differences() -> None:
     spread = torch.rand(CLASSES, dtype=torch.float64)
 
     def statistics(x: Tensor) -> tuple[Tensor, ...]:
-        nll, log_sum, class_sums, spread_nll = pixel_statistics(x, labels, spread=spread, sum_classes=True)
-        assert spread_nll is not None
-        return nll, log_sum, class_sums, spread_nll
+        return pixel_statistics(x, labels, spread=spread, sum_classes=True)
 
     with small_bands(200):
         assert torch.autograd.gradcheck(statistics, (logits,))
