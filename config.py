@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import yaml
 
-from errors import UserError, nearest
+from errors import UserError, hide, nearest
 from settings import FAMILY_DEFAULTS, FAMILY_SETTINGS, TASK_SETTINGS, BiRefNetSettings, Config
 
 __all__ = ["FAMILY_SETTINGS", "BiRefNetSettings", "Config", "load"]
@@ -211,7 +211,8 @@ def check_value(key: Key, value: Any, source: str) -> Any:
     """The converted value of one key; a `UserError` names key, source and what is allowed."""
     aliases = VALUE_ALIASES.get(key.path, {})
     value = aliases.get(str(value).lower(), value)
-    shown = "***" if key.metadata.get("secret") else repr(value)
+    # A key is easily written where its tracker is only switched on.
+    shown = "***" if key.metadata.get("secret") or key.path.startswith("tracking.") else repr(value)
     try:
         result = convert(value, key.hint)
     except (ValueError, TypeError, yaml.YAMLError):
@@ -495,6 +496,7 @@ def build(values: dict[str, Value], kind: Kind) -> Config:
     """A `Config` of checked values over the defaults."""
     config = default_config(kind)
     apply(config, values, known_keys(*kind))
+    hide(secret_values(config))
     return config
 
 

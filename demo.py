@@ -3,6 +3,8 @@
 Cut-outs of leaves, rings, gears, wires, letters and lattices lie on a soft ground. Both take their colours from the
 same palette in the same proportions, so no threshold on any colour finds the objects; what sets them apart is that
 objects carry a fine regular pattern where the ground is smooth. Edges are soft, some of them very.
+
+The semantic data show the same cut-outs, larger and more of them. Which class one is of its pattern alone tells.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ import numpy as np
 from PIL import Image
 
 from errors import UserError
+from samples import IGNORED
 
-VERSION = 2  # of what is drawn; raise it whenever a pixel changes
+VERSION, SEMANTIC_VERSION = 2, 1  # of what is drawn; raise it whenever a pixel changes
 COUNTS = {"train": 64, "val": 16}
 MARKER = "DEMO"  # a file in the folder, written last, that says which drawing it holds
 SUPERSAMPLING = 4
 
 Generator = np.random.Generator
+Shape = Callable[[Generator, np.ndarray, np.ndarray, float], None]  # (random stream, canvas, centre, radius)
+Draw = Callable[[Generator], tuple[np.ndarray, np.ndarray]]  # an image and its mask
 
 
 def write_demo(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
@@ -35,8 +40,18 @@ def write_demo(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
-    folder = Path(folder)
-    marker = f"version {VERSION}, seed {seed}\n"
+    return _write_once(Path(folder), f"version {VERSION}, seed {seed}\n", lambda target: _draw_binary(target, seed))
+
+
+def write_semantic_demo(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
+    """The same as `<folder>/{train,val}/{images,masks}/<number>.png` and `<folder>/classes.txt`, with a class id in
+    each pixel of a mask and 255, ignored, around the objects. Raises as `write_demo`."""
+    marker = f"semantic version {SEMANTIC_VERSION}, seed {seed}\n"
+    return _write_once(Path(folder), marker, lambda target: _draw_semantic(target, seed))
+
+
+def _write_once(folder: Path, marker: str, draw_all: Callable[[Path], None]) -> Path:
+    """Draw into a folder beside it and move that into place, unless what the marker says is there already."""
     if _is_complete(folder, marker):
         return folder
     if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -45,7 +60,7 @@ def write_demo(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         drawing = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _draw_all(drawing, seed)
+            draw_all(drawing)
             (drawing / MARKER).write_text(marker)
             _move_into_place(drawing, folder, marker)
         finally:
@@ -71,14 +86,23 @@ def _move_into_place(drawing: Path, folder: Path, marker: str) -> None:
             raise
 
 
-def _draw_all(folder: Path, seed: int) -> None:
+def _draw_binary(folder: Path, seed: int) -> None:
+    _draw_all(folder, seed, draw_pair, ("im", "gt"))
+
+
+def _draw_semantic(folder: Path, seed: int) -> None:
+    _draw_all(folder, seed, draw_scene, ("images", "masks"))
+    (folder / "classes.txt").write_text("\n".join(["ground", *PATTERNS]) + "\n")
+
+
+def _draw_all(folder: Path, seed: int, draw: Draw, subs: tuple[str, str]) -> None:
     for part, (name, count) in enumerate(COUNTS.items()):
-        for sub in ("im", "gt"):
+        for sub in subs:
             (folder / name / sub).mkdir(parents=True)
         for index in range(count):
-            image, alpha = draw_pair(np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, part, index]))))
-            Image.fromarray(image).save(folder / name / "im" / f"{index:04d}.png", compress_level=1)
-            Image.fromarray(alpha).save(folder / name / "gt" / f"{index:04d}.png", compress_level=1)
+            pictures = draw(np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, part, index]))))
+            for sub, picture in zip(subs, pictures, strict=True):
+                Image.fromarray(picture).save(folder / name / sub / f"{index:04d}.png", compress_level=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,6 +122,34 @@ def draw_pair(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     image = opacity * objects * rim[:, :, None] + (1 - opacity) * ground * shadow[:, :, None]
     image += rng.normal(0, 3, image.shape)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), np.rint(alpha * 255).astype(np.uint8)
+
+
+def draw_scene(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W, 3) uint8 RGB and its labels (H, W) uint8, 192 to 256 pixels a side.
+
+    Three to five objects of different classes, the later over the earlier; a border of two pixels around each is
+    ignored.
+    """
+    height, width = (int(side) for side in rng.integers(12, 17, size=2) * 16)
+    palette = draw_palette(rng)
+    image = paint(palette, smooth_noise(rng, height, width))
+    labels = np.zeros((height, width), np.uint8)
+    names = list(PATTERNS)
+    covered = np.zeros((height, width), np.float32)
+    for number in rng.permutation(len(names))[: rng.integers(3, 6)]:
+        radius = rng.uniform(0.22, 0.36) * min(height, width)
+        shape = (_blob, _gear, _leaf)[rng.integers(3)]  # those with room for a pattern
+        alpha = draw_shape(rng, shape, find_place(rng, covered, radius), radius, (height, width)).astype(np.float32)
+        covered = np.maximum(covered, alpha)
+        shadow = 1 - 0.35 * cv2.GaussianBlur(np.roll(alpha, (3, 2), axis=(0, 1)), (0, 0), 3)
+        pattern = PATTERNS[names[number]](*pattern_axes(rng, height, width)) + 0.15 * smooth_noise(rng, height, width)
+        opacity = alpha[:, :, None]
+        image = opacity * paint(palette, pattern) + (1 - opacity) * image * shadow[:, :, None]
+        inside = (alpha > 0.5).astype(np.uint8)
+        labels[inside > 0] = number + 1
+        labels[cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0] = IGNORED
+    image += rng.normal(0, 3, image.shape)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8), labels
 
 
 def draw_palette(rng: Generator) -> np.ndarray:
@@ -127,17 +179,27 @@ def smooth_noise(rng: Generator, height: int, width: int) -> np.ndarray:
 
 def fine_pattern(rng: Generator, height: int, width: int) -> np.ndarray:
     """Stripes, waves, checks or dots of 9 to 14 pixels' period, turned by any angle."""
+    u, v = pattern_axes(rng, height, width)
+    patterns = list(PATTERNS.values())[:4]
+    return patterns[rng.integers(len(patterns))](u, v) + 0.15 * smooth_noise(rng, height, width)
+
+
+def pattern_axes(rng: Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The phases along and across a pattern, 2 pi for each period of 9 to 14 pixels, turned by any angle."""
     y, x = np.mgrid[:height, :width].astype(np.float64)
     angle, frequency = rng.uniform(0, np.pi), 2 * np.pi / rng.uniform(9, 14)
     u = frequency * (x * np.cos(angle) + y * np.sin(angle))
     v = frequency * (y * np.cos(angle) - x * np.sin(angle))
-    patterns = (
-        np.sin(u),
-        np.sin(u + 1.5 * np.sin(v / 3)),
-        np.sin(u) * np.sin(v),
-        np.cos(u) + np.cos(v),
-    )
-    return patterns[rng.integers(len(patterns))] + 0.15 * smooth_noise(rng, height, width)
+    return u, v
+
+
+PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "stripes": lambda u, v: np.sin(u),
+    "waves": lambda u, v: np.sin(u + 1.5 * np.sin(v / 3)),
+    "checks": lambda u, v: np.sin(u) * np.sin(v),
+    "dots": lambda u, v: np.cos(u) + np.cos(v),
+    "bricks": lambda u, v: np.maximum(np.cos(u), np.cos((v + np.pi * np.floor(u / (2 * np.pi))) / 2)),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,17 +212,29 @@ def draw_alpha(rng: Generator, height: int, width: int) -> np.ndarray:
     sizes = [rng.uniform(0.38, 0.46), *rng.uniform(0.18, 0.28, size=rng.integers(0, 3))]
     for i, size in enumerate(sizes):
         radius = size * min(height, width)
-        crowd = cv2.GaussianBlur(alpha, (0, 0), radius / 2)
-        places = rng.uniform(0.8 * radius, np.array([width, height]) - 0.8 * radius, size=(12, 2))
-        centre = min(places, key=lambda place: crowd[int(place[1]), int(place[0])])
-        canvas = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), np.uint8)
+        centre = find_place(rng, alpha, radius)
         shape = SHAPES[rng.integers(len(SHAPES) - (i == 0))]  # the largest is no wires: each picture has some area
-        shape(rng, canvas, centre * SUPERSAMPLING, radius * SUPERSAMPLING)
-        drawn: np.ndarray = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA) / 255
+        drawn = draw_shape(rng, shape, centre, radius, (height, width))
         if rng.random() < 0.25:
             drawn = cv2.GaussianBlur(drawn, (0, 0), rng.uniform(0.8, 2.0))
         alpha = np.maximum(alpha, drawn)
     return alpha
+
+
+def find_place(rng: Generator, covered: np.ndarray, radius: float) -> np.ndarray:
+    """Of some centres (x, y) drawn at random the one that is least crowded."""
+    height, width = covered.shape
+    crowd = cv2.GaussianBlur(covered, (0, 0), radius / 2)
+    places = rng.uniform(0.8 * radius, np.array([width, height]) - 0.8 * radius, size=(12, 2))
+    return min(places, key=lambda place: crowd[int(place[1]), int(place[0])])
+
+
+def draw_shape(rng: Generator, shape: Shape, centre: np.ndarray, radius: float, size: tuple[int, int]) -> np.ndarray:
+    """A shape in [0, 1], antialiased."""
+    height, width = size
+    canvas = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), np.uint8)
+    shape(rng, canvas, centre * SUPERSAMPLING, radius * SUPERSAMPLING)
+    return cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA) / 255
 
 
 def _fill(canvas: np.ndarray, points: np.ndarray, value: int = 255) -> None:
@@ -254,7 +328,7 @@ def _wires(rng: Generator, canvas: np.ndarray, centre: np.ndarray, radius: float
         _fill(canvas, _disc(curve[-1], radius * rng.uniform(0.12, 0.2)))
 
 
-SHAPES: tuple[Callable[[Generator, np.ndarray, np.ndarray, float], None], ...] = (
+SHAPES: tuple[Shape, ...] = (
     _blob,
     _ring,
     _gear,

@@ -1,4 +1,9 @@
-"""Score checkpoints on test sets: `python evaluate.py --checkpoint runs/my_run --data.test path/to/test`.
+"""Score checkpoints on test sets, or finished masks, and compare two of either.
+
+    python evaluate.py --checkpoint runs/A runs/B --data.test X+Y --output scores.csv scores.tex
+    python evaluate.py --checkpoint runs/A --best_by Sm --data.test X        # which epoch is best
+    python evaluate.py --predictions out/masks --ground_truth X              # masks of any program
+    python evaluate.py --compare runs/A runs/B --data.test X                 # is B better, or luckier?
 
 `evaluate()` is what train.py validates with, too.
 """
@@ -7,23 +12,20 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import sys
 
-from config import answer_at_once
+from config import answer_at_once, split_options
 from errors import UserError, run_command
+from settings import Config, EvaluateSettings
 
-ACTIONS = {
-    "checkpoint A B": "run folders, checkpoints or official weights files to score",
-    "debug": "show the traceback of a user error",
-    "help": "this page",
-}
+ACTIONS = {"debug": "show the traceback of a user error", "help": "this page"}
 
 if __name__ == "__main__":
-    answer_at_once("evaluate.py --checkpoint RUN [RUN ...] [--data.test SETS] [settings]", ACTIONS)
+    usage = "evaluate.py --checkpoint RUN [RUN ...] [--data.test SETS] [options] [settings]"
+    answer_at_once(usage, ACTIONS, EvaluateSettings, Config)
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from build import build_eval_loader, check_size
-from checkpoint import load_model
-from config import Config, take_values
+from build import build_eval_loader, check_size, find_faults
+from checkpoint import RunFolder, load_model
+from compare import comparison_tables
 from config import load as load_config
 from gallery import Gallery
 from predict import predict
-from readers import Fault, Reader, check, drop, fail_on, limit
+from readers import Fault, FinishedMasks, Reader, drop, fail_on, limit
+from results import Result, best_of, sample_table, score_table
 from samples import Batch
+from tables import Table, check_output, to_console, write_tables
 from tasks import Task, get_task
 from utils import Precision, World, choose_precision, join_world, leave_world
 
@@ -80,18 +84,10 @@ def evaluate(
 # ---------------------------------------------------------------- one checkpoint
 
 
-@dataclass
-class Score:
-    """What one checkpoint reached on one test set."""
-
-    checkpoint: str
-    test_set: str
-    samples: int
-    values: dict[str, float]
-
-
-def score_checkpoint(path: Path, flags: list[str], world: World, faults: FaultsOf | None = None) -> list[Score]:
-    """A score for each test set, and one over all samples where there are several.
+def score_checkpoint(
+    path: Path, flags: list[str], names: Sequence[str], world: World, faults: FaultsOf | None = None
+) -> Result:
+    """Score a checkpoint by the `names` of its task's metric.
 
     The settings are the run's own, changed by `flags`; official weights have none, so theirs are those of the flags
     (with presets and config_vars.yml). Data that `faults` knows is not checked again.
@@ -101,20 +97,17 @@ def score_checkpoint(path: Path, flags: list[str], world: World, faults: FaultsO
     progress = config.logging.progress and sys.stderr.isatty()
     task = get_task(meta["task"])
     check_size(config, model.stride)
-    reader = read_test_sets(config, meta, task, {} if faults is None else faults, progress)
-    loader = build_eval_loader(reader, task, config, world)
+    reader = read_test_sets(config, meta, task, world, {} if faults is None else faults)
     metric = evaluate(
         model.to(world.device),
-        loader,
-        task.metric(),
+        build_eval_loader(reader, task, config, world),
+        task.metric(names),
         world=world,
         precision=choose_precision(config.train.mixed_precision, world.device),
         tta=config.evaluation.scales,
         progress=progress,
     )
-    counts = Counter(row.dataset for row in metric.rows)
-    scores = [Score(str(path), name, counts[name], values) for name, values in metric.per_dataset().items()]
-    return scores if len(scores) == 1 else [*scores, Score(str(path), "all", counts.total(), metric.compute())]
+    return Result(str(path), metric, meta.get("config"))
 
 
 def settings_for(meta: dict[str, Any], path: Path, flags: list[str]) -> Config:
@@ -137,51 +130,140 @@ def settings_for(meta: dict[str, Any], path: Path, flags: list[str]) -> Config:
 FaultsOf = dict[tuple[str, str], list[Fault]]  # by (root, test sets)
 
 
-def read_test_sets(config: Config, meta: dict[str, Any], task: Task, faults: FaultsOf, progress: bool) -> Reader:
+def read_test_sets(config: Config, meta: dict[str, Any], task: Task, world: World, faults: FaultsOf) -> Reader:
     """The samples to score on, every one decoded once to be sure of it: `data.test`, else what the run validated on."""
     root, spec = config.data.root, config.data.test or config.data.val
     if config.is_demo:
         root, spec = task.demo_root(), "val"
     reader = task.reader(spec, root=root or None, class_names=meta.get("class_names"))
     if (root, spec) not in faults:
-        faults[root, spec] = check(reader, workers=os.cpu_count() or 1, progress=progress)
-    if config.data.on_error == "skip":
-        reader, _ = drop(reader, faults[root, spec])
-    else:
-        fail_on(faults[root, spec])
+        faults[root, spec] = find_faults([reader], world, config.logging.progress and sys.stderr.isatty())[0]
+    reader = without_faults(reader, faults[root, spec], config)
     return limit(reader, config.train.test_limit or None)
+
+
+def without_faults(reader: Reader, faults: list[Fault], config: Config) -> Reader:
+    """The reader without its faulty samples where the settings say so, else a `UserError` that lists them all."""
+    if config.data.on_error == "skip":
+        return drop(reader, faults)[0]
+    fail_on(faults)
+    return reader
+
+
+# ---------------------------------------------------------------- finished masks
+
+
+def score_masks(path: str, options: EvaluateSettings, config: Config, names: Sequence[str], world: World) -> Result:
+    """Score the masks below a folder against those of `--ground_truth`; each rank takes its share of them."""
+    masks = FinishedMasks(path, options.ground_truth, resize=options.resize_predictions)
+    progress = config.logging.progress and sys.stderr.isatty()
+    reader = without_faults(masks, find_faults([masks], world, progress)[0], config)
+    metric = get_task(config.task).metric(names)
+    indices = range(world.rank, len(reader), world.size)
+    for index in tqdm(indices, desc=path, unit="mask", leave=False, disable=not (progress and world.is_main_process)):
+        sample = reader.read(index)
+        metric.update_masks(
+            sample.frames[0], sample.masks, dataset=sample.dataset, sample_id=sample.sample_id, path=sample.path
+        )
+    metric.reduce()
+    result = Result(path, metric)
+    if masks.extra:
+        first = Path(masks.extra[0]).name
+        result.notes.append(f"{path}: {len(masks.extra)} masks have no ground truth and are not scored ({first} ...)")
+    return result
 
 
 # ---------------------------------------------------------------- the command
 
 
-def table(scores: list[Score]) -> str:
-    """Aligned columns: a row per checkpoint and test set, a column per metric."""
-    metrics = list(dict.fromkeys(name for score in scores for name in score.values))
-    rows = [["checkpoint", "test set", "samples", *metrics]]
-    for score in scores:
-        values = [f"{score.values[name]:.4f}" if name in score.values else "-" for name in metrics]
-        rows.append([score.checkpoint, score.test_set, str(score.samples), *values])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-               for row in rows]  # fmt: skip
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+def check_options(options: EvaluateSettings) -> None:
+    """Raise `UserError` for options that make no sense together, and for files that cannot be written."""
+    if not (options.checkpoint or options.predictions or options.compare):
+        raise UserError("name at least one checkpoint, --checkpoint runs/my_run, or folders of masks, --predictions")
+    if sum(map(bool, (options.checkpoint, options.predictions, options.compare))) > 1:
+        raise UserError("--checkpoint, --predictions and --compare each say what is scored: name one of them")
+    if options.predictions and not options.ground_truth:
+        raise UserError(
+            "--predictions are scored against --ground_truth: name a folder of masks or a data set with gt/"
+        )
+    if options.checkpoint and options.ground_truth:
+        raise UserError("--ground_truth belongs to --predictions; name the test sets of checkpoints with --data.test")
+    if options.compare and len(options.compare) != 2:
+        raise UserError(f"--compare takes two checkpoints or two folders of masks, not {len(options.compare)}")
+    if options.compare and options.best_by:
+        raise UserError("--best_by chooses among the rows of a table: leave it out of --compare")
+    for path in options.output:
+        check_output(path)
+    if options.output_samples:
+        check_output(options.output_samples, (".csv",))
+
+
+def choose_metrics(options: EvaluateSettings, config: Config) -> tuple[list[str], list[str]]:
+    """(names to measure by, scores to show): what is chosen, else the task's own scores and those of its field."""
+    task, chosen = get_task(config.task), config.evaluation.metrics
+    names = [*(chosen or task.test_metrics), *([options.best_by] if options.best_by else [])]
+    metric = task.metric(names)
+    return names, metric.resolve(names) if chosen else list(metric.higher_is_better)
+
+
+def epoch_files(path: str) -> list[str]:
+    """The epoch files of a run folder; anything else stands for itself."""
+    if not Path(path).is_dir():
+        return [path]
+    files = [str(Path(path) / file.name) for _, file in RunFolder(Path(path).resolve()).epochs()]
+    if not files:
+        raise UserError(f"{path} holds no epoch files to choose from; train with --checkpoint.save_last N to keep them")
+    return files
+
+
+def score_all(options: EvaluateSettings, flags: list[str], names: Sequence[str], world: World) -> list[Result]:
+    """A result for each checkpoint or folder of masks."""
+    if options.ground_truth:
+        config = load_config(flags)
+        return [score_masks(path, options, config, names, world) for path in options.predictions or options.compare]
+    paths = options.checkpoint or options.compare
+    if options.best_by:
+        paths = [file for path in paths for file in epoch_files(path)]
+    faults: FaultsOf = {}
+    return [score_checkpoint(Path(path), flags, names, world, faults) for path in paths]
+
+
+def tables_of(results: list[Result], options: EvaluateSettings, shown: Sequence[str]) -> list[Table]:
+    """What is printed and written: the scores, or the comparison."""
+    if options.compare:
+        a, b = results
+        return comparison_tables(a, b, shown)
+    if not options.best_by:
+        return [score_table(results, shown)]
+    name = results[0].metric.resolve([options.best_by])[0]
+    best = best_of(results, name)
+    table = score_table(results, shown, best)
+    table.notes.append(f"best by {options.best_by}: {best.path} ({best.score(name):.4f})")
+    return [table]
 
 
 def command() -> None:
-    """Score every checkpoint and print one table."""
-    paths, flags = take_values([word for word in sys.argv[1:] if word != "--debug"], "checkpoint")
-    if not paths:
-        raise UserError("name at least one checkpoint: --checkpoint runs/my_run")
+    """Score everything, print the table and write what is asked for."""
+    options, flags = split_options(EvaluateSettings, [word for word in sys.argv[1:] if word != "--debug"])
+    check_options(options)
     config = load_config(flags)
-    world = join_world(config.device, config.distributed.timeout_minutes)
-    faults: FaultsOf = {}
+    names, shown = choose_metrics(options, config)
+    device = "cpu" if options.ground_truth else config.device
+    world = join_world(device, config.distributed.timeout_minutes)
     try:
-        scores = [score for path in paths for score in score_checkpoint(Path(path), flags, world, faults)]
-        if world.is_main_process:
-            print(table(scores))
+        results = score_all(options, flags, names, world)
     finally:
         leave_world()
+    if not world.is_main_process:
+        return
+    tables = tables_of(results, options, shown)
+    is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    width = shutil.get_terminal_size().columns
+    print("\n\n".join(to_console(table, width=width, bold=is_colored) for table in tables))
+    for path in options.output:
+        write_tables(path, tables)
+    if options.output_samples:
+        write_tables(options.output_samples, [sample_table(results, shown)])
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Task:
     cut_out: Callable[[np.ndarray, np.ndarray], np.ndarray] | None  # (image, mask) -> RGBA, where masks are alpha
     panels: Callable[[np.ndarray, Any, Any], dict[str, np.ndarray]]  # (image, a sample's masks, mask) -> pictures
     write_demo: Callable[[Path], Path]  # draws the demo data into a folder with train/ and val/
+    test_metrics: tuple[str, ...] = ()  # what evaluate.py measures beside the task's own where nothing is chosen
 
     def demo_root(self) -> str:
         """The folder of the demo data, drawn where it is not there yet."""
@@ -108,6 +109,7 @@ TASKS = {
         cut_out=cut_out,
         panels=binary_panels,
         write_demo=write_demo,
+        test_metrics=("standard",),
     ),
 }
 

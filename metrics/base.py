@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from types import MappingProxyType
@@ -39,6 +39,11 @@ class StreamingMetric:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+
+    @staticmethod
+    def resolve(names: Sequence[str]) -> list[str]:
+        """The scores that names, abbreviations and groups mean; `UserError` for an unknown one."""
+        raise NotImplementedError
 
     def reduce(self) -> None:
         """Bring the rows of all ranks to every rank, each sample once, by dataset and sample id."""

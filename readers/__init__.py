@@ -14,6 +14,8 @@ from readers.cache import Cached
 from readers.checks import check, drop, fail_on
 from readers.image_list import ImageList
 from readers.images import read_alpha, read_image
+from readers.masks import FinishedMasks
+from readers.semantic import SemanticReader, class_table, pixel_counts, semantic_reader, show_classes
 from readers.splits import limit, split
 
 __all__ = [
@@ -22,14 +24,20 @@ __all__ = [
     "DataError",
     "DatasetSummary",
     "Fault",
+    "FinishedMasks",
     "ImageList",
     "Reader",
+    "SemanticReader",
     "Subset",
     "check",
+    "class_table",
     "drop",
     "fail_on",
     "limit",
+    "pixel_counts",
     "read_alpha",
     "read_image",
+    "semantic_reader",
+    "show_classes",
     "split",
 ]

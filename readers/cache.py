@@ -85,7 +85,9 @@ def _write_cache(reader: Reader, path: str, size: Size | None, workers: int, bar
                 for array in [*sample.frames, *([] if sample.masks is None else [sample.masks])]:
                     places.append((written, array.shape))
                     written += file.write(np.ascontiguousarray(array).data.cast("B"))
-                about = {key: getattr(sample, key) for key in ("are_labels", "class_ids", "sample_id", "path", "dataset")}
+                about = {
+                    key: getattr(sample, key) for key in ("are_labels", "class_ids", "sample_id", "path", "dataset")
+                }
                 index.append({"arrays": places, "has_masks": sample.masks is not None, "about": about})
                 bar.update()
             encoded = json.dumps(index).encode()

@@ -29,11 +29,11 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def read_alpha(path: str | os.PathLike[str]) -> np.ndarray:
+def read_alpha(path: str | os.PathLike[str], *, labels: bool = True) -> np.ndarray:
     """Decode a mask into (H, W) uint8 alpha, 0 background to 255 foreground, upright by its EXIF orientation.
 
     Soft values are kept. By kind of file:
-      * 1-bit, or values of 0 and 1 alone: 1 means 255;
+      * 1-bit, or values of 0 and 1 alone: 1 means 255, the latter unless `labels` is false;
       * 16-bit: scaled by 1/257;
       * palette: a palette of greys gives those greys; any other is a label map, where every index but 0 is foreground;
       * with an alpha channel: that channel, unless it is opaque everywhere;
@@ -55,7 +55,38 @@ def read_alpha(path: str | os.PathLike[str]) -> np.ndarray:
         values = np.array(image.convert("L"))
     else:
         values = _alpha_of_colours(image, path)
-    return values * np.uint8(255) if values.max() == 1 else values
+    return values * np.uint8(255) if labels and values.max() == 1 else values
+
+
+def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
+    """Decode a label map into (H, W) uint8 class ids as they stand in the file, upright by its EXIF orientation.
+
+    Of a palette the indices are the ids, of grey of any depth the values; three equal channels count as grey.
+
+    Raises:
+        DataError: as `read_image`, a coloured picture, ids above 255, or a lossy format, which changes ids.
+    """
+    image = _decode(path)
+    if image.format in ("JPEG", "MPO", "WEBP"):
+        raise DataError(Fault(os.fspath(path), f"is {image.format}, which changes class ids; save masks as PNG"))
+    values = np.asarray(image)
+    if values.ndim == 3:
+        channels = np.asarray(image.convert("RGB"))
+        if (channels != channels[:, :, :1]).any():
+            problem = "is a coloured picture; a mask holds a class id in each pixel: save it as grey or palette PNG"
+            raise DataError(Fault(os.fspath(path), problem))
+        return np.ascontiguousarray(channels[:, :, 0])
+    if values.max() > 255 or values.min() < 0 or image.mode == "F":
+        problem = f"has {values.dtype} values up to {values.max()}; class ids are whole numbers from 0 to 254"
+        raise DataError(Fault(os.fspath(path), problem))
+    return values.astype(np.uint8) // np.uint8(_grey_step(path) if image.mode == "L" else 1)
+
+
+def _grey_step(path: str | os.PathLike[str]) -> int:
+    """The factor by which PIL spreads the greys of a PNG of 2 or 4 bits over 0 to 255; other files have 1."""
+    with open(path, "rb") as file:
+        header = file.read(26)
+    return {2: 85, 4: 17}.get(header[24], 1) if header[1:4] == b"PNG" else 1
 
 
 def _decode(path: str | os.PathLike[str]) -> Image.Image:

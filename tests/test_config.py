@@ -330,7 +330,7 @@ def test_a_snapshot_of_another_version_is_refused() -> None:
     values["train"]["turbo"] = True
     with pytest.raises(UserError, match=r"unknown key train\.turbo \(from old\.yml\)"):
         from_dict(values, "old.yml")
-    with pytest.raises(UserError, match="another version.*model.family is 'x'"):
+    with pytest.raises(UserError, match=r"another version.*model\.family is 'x'"):
         from_dict({"model": {"family": "x"}}, "old.yml")
 
 

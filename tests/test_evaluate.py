@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,30 +55,28 @@ def sets(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def score(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """The command in this process; returns its exit code and what it said."""
+    """The command in this process: (exit code, the table as CSV, or what it said instead)."""
     monkeypatch.setenv("MASKWRIGHT_CONFIG_VARS", str(tmp_path / "absent.yml"))
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object) -> tuple[int, str]:
         words = [str(word) for word in arguments]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--num_workers", "0", *words])
+        flags = ["--device", "cpu", "--num_workers", "0", "--output", "scores.csv", "scores.md", "scores.tex"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags, *words])
         try:
             run_command(evaluate.command)
         except SystemExit as end:
             return int(end.code or 0), capsys.readouterr().err
-        return 0, capsys.readouterr().out
+        return 0, (tmp_path / "scores.csv").read_text()
 
     return call
 
 
-def parse(text: str) -> Table:
-    """{(checkpoint, test set): {column: cell}}, columns cut where the header's words are."""
-    header, *rows = text.rstrip("\n").split("\n")
-    columns = header.replace("test set", "test_set").split()
+def parse(written: str) -> Table:
+    """{(name, test set): {column: cell}} of a table written as CSV."""
     table: Table = {}
-    for row in rows:
-        cells = dict(zip(columns, row.split(), strict=True))
-        table[cells.pop("checkpoint"), cells.pop("test_set")] = cells
+    for cells in csv.DictReader(io.StringIO(written)):
+        table[cells.pop("name"), cells.pop("test_set")] = cells
     return table
 
 
@@ -96,28 +96,31 @@ def test_table_of_two_checkpoints_on_two_test_sets(
 ) -> None:
     code, said = score("--checkpoint", *runs, "--data.test", "X+Y")
     assert code == 0
-    assert len({line.index("  X  ") for line in said.splitlines() if "  X  " in line}) == 1  # columns are aligned
+    for suffix, mark in (("md", "**"), ("tex", r"\textbf")):
+        assert mark in (sets / f"scores.{suffix}").read_text()  # the best of each column
     table = parse(said)
-    assert [key[1] for key in table] == ["X", "Y", "all"] * 2
+    assert [key[1] for key in table] == ["X", "X", "Y", "Y", "all", "all"]
     for run, model in zip(runs, models, strict=True):
         x1, x2 = (jaccard_and_mae(model, sets / "X", name) for name in ("one", "two"))
         y = jaccard_and_mae(model, sets / "Y", "three")
         for name, rows in (("X", [x1, x2]), ("Y", [y]), ("all", [x1, x2, y])):
-            cells = table[str(run), name]
+            cells = table[run.name, name]
             assert cells["samples"] == str(len(rows))
             assert float(cells["jaccard"]) == pytest.approx(np.mean([row[0] for row in rows]), abs=6e-5)
             assert float(cells["mae"]) == pytest.approx(np.mean([row[1] for row in rows]), abs=6e-5)
-    assert table[str(runs[0]), "all"] != table[str(runs[1]), "all"]
+    assert table[runs[0].name, "all"] != table[runs[1].name, "all"]
 
 
 def test_flags_change_what_the_run_says(score: Command, runs: list[Path], models: list[Any], sets: Path) -> None:
     run = runs[0]
     plain = parse(score("--checkpoint", run, "--data.test", "X")[1])
-    assert parse(score("--checkpoint", run, "--data.test", "X", "--batch_size", 1)[1]) == plain
+    single = parse(score("--checkpoint", run, "--data.test", "X", "--batch_size", 1)[1])
+    for name in ("jaccard", "mae", "s_measure"):  # to what the order of a sum in a larger batch may change
+        assert float(single[run.name, "X"][name]) == pytest.approx(float(plain[run.name, "X"][name]), abs=1e-4)
     flipped = ["--tta", "--evaluation.tta_scales", 1]
     code, said = score("--checkpoint", run, "--data.test", "X", "--size", 160, 160, *flipped, "--test_limit", 1)
     assert code == 0
-    cells = parse(said)[str(run), "X"]
+    cells = parse(said)[run.name, "X"]
     assert cells["samples"] == "1"
     expected, *others = (
         jaccard_and_mae(models[0], sets / "X", "one", size=size, tta=tta)[0]
@@ -134,7 +137,7 @@ def test_official_weights_score_as_the_run_that_holds_them(
     code, said = score("--checkpoint", runs[0], "official.pth", "--data.test", "X", "--size", 64)
     assert code == 0, said
     table = parse(said)
-    assert table["official.pth", "X"] == table[str(runs[0]), "X"]
+    assert table["official.pth", "X"] == table[runs[0].name, "X"]
     code, said = score("--checkpoint", "official.pth")
     assert code == 2
     assert "official.pth" in said
@@ -152,7 +155,7 @@ def test_a_run_on_drawn_data_is_scored_on_drawn_data(score: Command, models: lis
     (drawn / demo.MARKER).write_text(f"version {demo.VERSION}, seed 0\n")
     code, said = score("--checkpoint", run, "--test_limit", 2)
     assert code == 0, said
-    assert parse(said)[str(run), "val"]["samples"] == "2"
+    assert parse(said)[run.name, "val"]["samples"] == "2"
 
 
 def test_faulty_samples_are_listed_or_left_out(score: Command, runs: list[Path], sets: Path) -> None:
@@ -193,3 +196,69 @@ def test_mistakes_end_in_a_sentence(
     assert "Traceback" not in said
     for word in words:
         assert fill.get(word, word) in said
+
+
+# ---------------------------------------------------------------- finished masks, the best epoch, comparisons
+
+
+@pytest.fixture
+def finished(sets: Path) -> Path:
+    """Masks of X that other programs wrote: `good` is the truth with a little noise, `poor` is its mirror image."""
+    generator = np.random.default_rng(0)
+    for name in ("one", "two"):
+        truth = np.array(Image.open(sets / "X/gt" / f"{name}.png"))
+        noisy = np.clip(truth + generator.integers(-9, 10, truth.shape), 0, 255).astype(np.uint8)
+        save(sets / "good" / f"{name}.png", noisy)
+        save(sets / "poor" / f"{name}.png", truth[:, ::-1].copy())
+    return sets
+
+
+def test_finished_masks_get_the_scores_of_pysodmetrics(score: Command, finished: Path) -> None:
+    sod = pytest.importorskip("py_sod_metrics")
+    code, said = score("--predictions", "good", "poor", "--ground_truth", "X")
+    assert code == 0, said
+    table = parse(said)
+    assert [key[0] for key in table] == ["good", "poor"]
+    for name in ("good", "poor"):
+        structure, error = sod.Smeasure(), sod.MAE()
+        for sample in ("one", "two"):
+            pair = [np.array(Image.open(path)) for path in (finished / name / f"{sample}.png",
+                                                            finished / "X/gt" / f"{sample}.png")]  # fmt: skip
+            structure.step(*pair)
+            error.step(*pair)
+        cells = next(cells for key, cells in table.items() if key[0] == name)
+        assert float(cells["s_measure"]) == pytest.approx(structure.get_results()["sm"], abs=1e-6)
+        assert float(cells["normalized_mae"]) == pytest.approx(error.get_results()["mae"], abs=1e-6)
+
+
+def test_what_is_wrong_with_finished_masks_is_listed_at_once(score: Command, finished: Path) -> None:
+    (finished / "good/one.png").unlink()
+    save(finished / "good/two.png", np.zeros((5, 5), np.uint8))
+    code, said = score("--predictions", "good", "--ground_truth", "X/gt")
+    assert code == 2
+    assert "one" in said
+    assert "two.png" in said
+
+
+def test_a_comparison_says_which_is_better_and_by_how_much(score: Command, finished: Path) -> None:
+    code, said = score("--compare", "poor", "good", "--ground_truth", "X", "--metrics", "Sm", "MAE")
+    assert code == 0, said
+    rows = {row["metric"]: row for row in csv.DictReader(io.StringIO(said))}
+    assert set(rows) >= {"s_measure", "normalized_mae"}
+    for row in rows.values():
+        assert "B" in row["verdict"]
+        assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
+        assert float(row["difference"]) == pytest.approx(float(row["b"]) - float(row["a"]), abs=1e-9)
+
+
+def test_the_best_epoch_is_found(score: Command, models: list[Any], sets: Path) -> None:
+    run = write_run(sets / "runs" / "R", models[0])
+    for epoch, model in enumerate(models, 1):
+        write_run(sets / "runs" / f"at{epoch}", model)
+        (sets / "runs" / f"at{epoch}" / "best.pth").rename(run / f"R_epoch_{epoch}.pth")
+    code, said = score("--checkpoint", run, "--best_by", "MAE", "--data.test", "X")
+    assert code == 0, said
+    table = parse(said)
+    assert len(table) == 2
+    best = min(table, key=lambda key: float(table[key]["normalized_mae"]))[0]
+    assert f"best by MAE: {run / best}" in (sets / "scores.md").read_text().replace("\\", "")

@@ -122,7 +122,9 @@ def wandb_of(run_dir: Path) -> list[tuple[Path, Any, list[dict[str, Any]], dict[
     """(folder, the run's own record, history rows, summary) of each start, oldest first."""
     found = []
     for path in sorted((run_dir / "wandb").glob("*/*.wandb")):
-        run, history, summary = None, [], {}
+        run: Any = None
+        history: list[dict[str, Any]] = []
+        summary: dict[str, Any] = {}
         for line in wandb_records(path):
             if line.HasField("run"):
                 run = line.run
@@ -206,7 +208,8 @@ def test_wandb_files_hold_everything_and_nothing_of_the_machine(told: Path) -> N
     assert points(history, "train/loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert points(history, "val/jaccard_vs_base") == [(3, pytest.approx(0.05))]
     assert points(history, "best/01/caption") == [(3, "cats/im7 0.8750")]
-    assert sum(points(history, "val/jaccard of each sample/values")[0][1]) == 4
+    counts: Any = points(history, "val/jaccard of each sample/values")[0][1]
+    assert sum(counts) == 4
     assert points(history, "events") == [(3, "hint: a hint worth reading")]
     assert summary["status"] == "finished"
     files = {str(path.relative_to(folder / "files")) for path in (folder / "files").rglob("*") if path.is_file()}
