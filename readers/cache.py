@@ -20,6 +20,7 @@ from readers.checks import in_threads
 from samples import Sample, Size
 from transforms import resize
 
+ABOUT = ("are_labels", "class_ids", "sample_id", "path", "dataset")  # fields of a sample beside its arrays
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # temporary folders are shared with other users
 
 
@@ -85,9 +86,7 @@ def _write_cache(reader: Reader, path: str, size: Size | None, workers: int, bar
                 for array in [*sample.frames, *([] if sample.masks is None else [sample.masks])]:
                     places.append((written, array.shape))
                     written += file.write(np.ascontiguousarray(array).data.cast("B"))
-                about = {
-                    key: getattr(sample, key) for key in ("are_labels", "class_ids", "sample_id", "path", "dataset")
-                }
+                about = {key: getattr(sample, key) for key in ABOUT}
                 index.append({"arrays": places, "has_masks": sample.masks is not None, "about": about})
                 bar.update()
             encoded = json.dumps(index).encode()
