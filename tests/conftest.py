@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data and goldens beside the checkout are absent")
 needs_cuda = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _no_secret_outlives_its_test() -> Iterator[None]:
+    """A process has one configuration; here many follow each other, with words for keys that others may print."""
+    yield
+    import errors
+
+    errors.HIDDEN.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

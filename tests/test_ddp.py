@@ -140,15 +140,15 @@ loss.BinaryCriterion.forward = spoiled
 
 def test_a_nan_on_one_rank_is_skipped_by_all(data: Path, zygote: Zygote, tmp_path: Path) -> None:
     tell = (
-        "\nimport utils, hashlib\nleave = utils.leave_world\n"
-        "def left():\n"
+        "\nimport utils, hashlib\nrestore = utils.StopSignal.restore\n"
+        "def left(signal):\n"
         "    import gc\n"
         "    from tests.toy import Toy\n"
         "    model = next(m for m in gc.get_objects() if isinstance(m, Toy) and m.training)\n"
         "    bits = b''.join(v.numpy().tobytes() for v in model.state_dict().values())\n"
         "    print('WEIGHTS', hashlib.sha256(bits).hexdigest(), flush=True)\n"
-        "    leave()\n"
-        "utils.leave_world = left\n"
+        "    restore(signal)\n"
+        "utils.StopSignal.restore = left\n"
     )  # fmt: skip
     flags = ["--max_steps", "6", "--batch_size", "1", "--epochs", "1", "--eval_each_epoch", "0",
              "--logging.log_frequency", "1", "--train.ema_decay", "0.5"]  # fmt: skip

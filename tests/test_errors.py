@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import UserError, nearest, run_command
+from errors import nearest, run_command
 from tests.helpers import TINY, draw_set, python, run_script
 
 
@@ -113,8 +113,10 @@ def test_all_faults_of_the_data_are_listed_at_once(data: Path, monkeypatch: pyte
 
 def test_debug_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, flags in (("train", ["--epochs", "ten", "--debug"]), ("evaluate", ["--debug"])):
-        with pytest.raises(UserError):
-            run_script(monkeypatch, name, *flags)
+        code, _, err = run_script(monkeypatch, name, *flags)
+        assert code == 1
+        assert "Traceback" in err
+        assert "errors.UserError: " in err
 
 
 def test_a_bug_keeps_its_traceback_and_an_interrupt_is_no_bug(
@@ -127,8 +129,12 @@ def test_a_bug_keeps_its_traceback_and_an_interrupt_is_no_bug(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["x"])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as raised:
         run_command(bug)
+    assert raised.value.code == 1
+    said = capsys.readouterr().err
+    assert "in bug" in said
+    assert said.endswith("ZeroDivisionError\n")
     with pytest.raises(SystemExit) as raised:
         run_command(interrupt)
     assert raised.value.code == 130
