@@ -22,20 +22,17 @@ from dataset import (
     binary_target,
     build_loader,
     collate_binary,
+    collate_semantic,
     composition,
     normalize,
+    semantic_target,
 )
 from errors import UserError
-from readers import (
-    BinaryFolders,
-    Cached,
-    DataError,
-    ImageList,
-)
+from readers import BinaryFolders, Cached, DataError, ImageList, semantic_reader
 from samples import Batch, SampleInfo, SampleKey
 from tests.conftest import ROOT, SHARED, needs_shared
 from tests.sets import Numbers, pairs, save
-from transforms import OFFICIAL_BINARY, Augment
+from transforms import OFFICIAL_BINARY, OFFICIAL_SEMANTIC, Augment
 
 # --- samplers
 
@@ -297,3 +294,21 @@ def test_batches_move_pickle_and_come_from_images() -> None:
 def test_composition_counts_by_dataset() -> None:
     samples = [SampleInfo("", "", name, (1, 1)) for name in ("a", "c", "a")]
     assert composition(samples, ["a", "b", "c"]) == [2, 0, 1]
+
+
+def test_semantic_batches_hold_labels_and_in_evaluation_the_originals(tmp_path: Path) -> None:
+    for i, size in enumerate(((12, 16), (20, 10))):
+        save(tmp_path / f"images/{i}.png", np.zeros((*size, 3), np.uint8))
+        save(tmp_path / f"masks/{i}.png", np.full(size, i, np.uint8))
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    reader = semantic_reader(str(tmp_path))
+    sampler = EvalSampler(2, batch_size=2, size=(8, 24))
+    (batch,) = build_loader(Dataset(reader, make_target=semantic_target), sampler, collate_targets=collate_semantic)
+    assert batch.targets.labels.dtype == torch.uint8
+    assert batch.targets.labels.shape == (2, 8, 24)
+    assert [tuple(original.shape) for original in batch.targets.originals] == [(12, 16), (20, 10)]
+    assert [original.unique().tolist() for original in batch.targets.originals] == [[0], [1]]
+    training = Dataset(reader, make_target=semantic_target, augment=Augment(OFFICIAL_SEMANTIC))
+    (batch,) = build_loader(training, sampler, collate_targets=collate_semantic)
+    assert batch.targets.originals == []
+    assert batch.targets.labels.shape == (2, 8, 24)

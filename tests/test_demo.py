@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo import write_demo
+from demo import write_demo, write_semantic_demo
 from errors import UserError
-from readers import BinaryFolders, check
+from readers import BinaryFolders, check, class_table, semantic_reader
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_demo(tmp_path_factory.mktemp("demo") / "demo")
+
+
+@pytest.fixture(scope="module")
+def semantic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_semantic_demo(tmp_path_factory.mktemp("semantic") / "demo")
 
 
 def digest(folder: Path) -> str:
@@ -97,3 +102,59 @@ def test_no_threshold_finds_the_objects(folder: Path) -> None:
                     fixed.setdefault((c, level, inverted), []).append(jaccard((channel > level) ^ inverted, alpha))
     assert max(np.mean(values) for values in otsu.values()) < 0.45
     assert max(np.mean(values) for values in fixed.values()) < 0.45
+
+
+# --- semantic
+
+
+def test_the_semantic_set_has_every_class_everywhere(semantic: Path) -> None:
+    reader = semantic_reader("train+val", root=semantic)
+    assert [row.count for row in reader.datasets.values()] == [64, 16]
+    assert check(reader, progress=False) == []
+    assert reader.class_names == ["ground", "stripes", "waves", "checks", "dots", "bricks"]
+    for part in ("train", "val"):
+        shares = [row.share for row in class_table(semantic_reader(part, root=semantic))]
+        assert 0.3 < shares[0] < 0.6
+        assert min(shares[1:-1]) > 0.04
+        assert 0.02 < shares[-1] < 0.12
+    labels = [reader.read(i).masks for i in range(len(reader))]
+    assert all(len(np.unique(each)) >= 4 for each in labels)
+    # Wherever two classes meet lies a border of ignored pixels.
+    assert not any(
+        ((each[:, 1:] != each[:, :-1]) & (each[:, 1:] < 255) & (each[:, :-1] < 255)).any() for each in labels
+    )
+
+
+def test_the_semantic_set_is_drawn_again_alike(semantic: Path, tmp_path: Path) -> None:
+    start = time.process_time()
+    again = write_semantic_demo(tmp_path / "again")
+    assert time.process_time() - start < 12
+    assert digest(again) == digest(semantic)
+    before = [path.stat().st_mtime_ns for path in sorted(again.rglob("*"))]
+    write_semantic_demo(again)
+    assert before == [path.stat().st_mtime_ns for path in sorted(again.rglob("*"))]
+    write_demo(again)  # either kind of demo data makes room for the other
+    assert (again / "train/im").is_dir()
+
+
+def test_no_table_of_colours_finds_the_classes(semantic: Path) -> None:
+    """The best guess from a pixel's colour, learnt on the training pictures or even on the validation ones."""
+    train, val = (semantic_reader(part, root=semantic) for part in ("train", "val"))
+
+    def colors_and_labels(reader: object) -> tuple[np.ndarray, np.ndarray]:
+        samples = [reader.read(i) for i in range(len(reader))]
+        colors = np.concatenate([sample.frames[0].reshape(-1, 3) // 16 for sample in samples]).astype(int)
+        labels = np.concatenate([sample.masks.ravel() for sample in samples])
+        kept = labels < 255
+        return (colors @ [256, 16, 1])[kept], labels[kept]
+
+    colors, labels = colors_and_labels(val)
+    for learnt in (train, val):
+        counts = np.zeros((4096, 6))
+        np.add.at(counts, colors_and_labels(learnt), 1)
+        for weights in (1.0, 1 / counts.sum(0)):  # as they come, and with all classes alike
+            guessed = (counts * weights).argmax(1)[colors]
+            overlap = [
+                ((guessed == c) & (labels == c)).sum() / ((guessed == c) | (labels == c)).sum() for c in range(6)
+            ]
+            assert np.mean(overlap) < 0.3

@@ -158,7 +158,7 @@ def test_ids_of_any_kind_are_sorted_and_repeated_ones_named(tmp_path: Path) -> N
 def mutated(content: Any, rng: random.Random) -> Any:
     """A copy with one to four values, keys or list lengths changed at random."""
     content = copy.deepcopy(content)
-    strange = [
+    strange: list[Any] = [
         None, True, -1, 0, 1.5, 2**31, 2**63, -(2**70), 1e9, -1e9, float("nan"), float("inf"), "", "x", "\ud800",
         "../x", "a\0", [], {}, [[]], [[1, 2, 3, 4]], {"size": [10, 20], "counts": "0" * 9}, "P`0" * 9, [1] * 9, 10**400,
     ]  # fmt: skip

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image, ImageEnhance
 
 import transforms
+from colors import palette
 from errors import UserError
 from samples import Sample
-from transforms import OFFICIAL_BINARY, Augment, preview_sheet, resize
+from transforms import OFFICIAL_BINARY, OFFICIAL_SEMANTIC, Augment, ScaleCrop, preview_sheet, resize
 
 SIZE = (72, 96)
 BACKGROUND = {"name": "BackgroundSynthesis", "p": 1.0}
@@ -39,11 +40,26 @@ def picture(seed: int = 0, size: tuple[int, int] = SIZE) -> Sample:
     return Sample([image], image[:, :, 0].copy(), [3], f"picture/{seed}", "x.png", "a")
 
 
+def scene(seed: int = 0, size: tuple[int, int] = (90, 150)) -> Sample:
+    """A smooth random picture and labels 0 to 4 that follow its red channel, the darkest ignored."""
+    sample = picture(seed, size)
+    labels = sample.masks // 50
+    labels[labels == 5] = 255
+    return Sample(sample.frames, labels, are_labels=True, sample_id=f"scene/{seed}")
+
+
 def seeds(*key: int) -> np.random.SeedSequence:
     return np.random.SeedSequence([7, *key])
 
 
-@pytest.mark.parametrize("recipe", [OFFICIAL_BINARY, STRONG, [BACKGROUND]], ids=["official", "strong", "background"])
+POLICIES: list[dict[str, Any]] = [{"name": "TrivialAugment"}, {"name": "RandAugment", "operations": 3, "magnitude": 20}]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [OFFICIAL_BINARY, STRONG, [BACKGROUND], OFFICIAL_SEMANTIC, POLICIES],
+    ids=["official", "strong", "background", "semantic", "policies"],
+)
 def test_recipes_are_pure_functions_of_the_seed(recipe: list[dict]) -> None:
     augment, sample = Augment(recipe), picture()
     kept = copy.deepcopy(sample)
@@ -211,3 +227,160 @@ def test_the_preview_shows_each_image_beside_its_mask() -> None:
         np.testing.assert_array_equal(cell[:, :96], sample.frames[0])
         np.testing.assert_array_equal(cell[:, 96:], np.dstack([sample.masks] * 3))
     assert preview_sheet(samples[:1]).shape[1] == 2 * 192 + 8
+
+
+# --- label maps
+
+
+GEOMETRY: list[dict[str, Any]] = [
+    {"name": "ScaleCrop", "scale": [0.3, 2.5]},
+    {"name": "RandomResizedCrop", "p": 1.0, "scale": [0.2, 0.9]},
+    {"name": "Rotate", "p": 1.0, "limit": 40, "border_mode": "BORDER_CONSTANT"},
+    {"name": "RotateZoom", "p": 1.0, "limit": 40, "zoom": [0.7, 1.2], "border": "reflect"},
+    {"name": "Affine", "p": 1.0, "shear": [-20, 20], "scale": [0.5, 1.5]},
+    {"name": "ElasticTransform", "p": 1.0, "alpha": 60},
+    {"name": "Perspective", "p": 1.0},
+    {"name": "TrivialAugment"},
+    {"name": "OneOf", "p": 1.0, "transforms": [{"name": "Rotate", "p": 1.0, "limit": [30, 40]}]},
+]
+
+
+@pytest.mark.parametrize("entry", GEOMETRY, ids=lambda entry: entry["name"])
+def test_labels_are_never_interpolated(entry: dict) -> None:
+    augment = Augment([entry])
+    known = np.array([0, 4, 255])  # a mean of any two of them is none of them
+    for i in range(12):
+        sample = scene(i)
+        sample.masks = known[sample.masks % 3].astype(np.uint8)
+        assert set(np.unique(augment(sample, SIZE, seeds(i)).masks)) <= {0, 4, 255}
+
+
+@pytest.mark.parametrize("name", ["Rotate", "Affine", "TrivialAugment", "RandAugment", "OneOf", "ScaleCrop"])
+def test_what_is_filled_up_is_ignored_in_labels_and_empty_in_alpha(name: str) -> None:
+    turn = {"name": "Rotate", "p": 1.0, "limit": [30, 40]}
+    entries: dict[str, dict[str, Any]] = {
+        "Rotate": turn,
+        "Affine": {"name": "Affine", "p": 1.0, "translate_percent": [0.2, 0.3]},
+        "ScaleCrop": {"name": "ScaleCrop", "scale": [0.4, 0.6]},
+        "OneOf": {"name": "OneOf", "p": 1.0, "transforms": [turn]},
+    }
+    entry = entries.get(name, {"name": name})
+    white = np.full((*SIZE, 3), 255, np.uint8)
+    filled = 0
+    for i in range(30):
+        labels = Augment([entry])(Sample([white], np.full(SIZE, 3, np.uint8), are_labels=True), SIZE, seeds(i)).masks
+        alpha = Augment([entry])(Sample([white], np.full(SIZE, 255, np.uint8)), SIZE, seeds(i)).masks
+        assert set(np.unique(labels)) <= {3, 255}
+        assert (alpha[labels == 3] > 100).all()
+        assert (alpha[labels == 255] < 160).all()
+        filled += (labels == 255).any()
+    assert filled >= (5 if "Augment" in name else 30)
+
+
+def test_dropped_out_parts_keep_their_labels() -> None:
+    dropout = Augment([{"name": "CoarseDropout", "p": 1.0}])
+    sample = scene(0, SIZE)
+    result = dropout(sample, SIZE, seeds(0))
+    assert (result.frames[0] != sample.frames[0]).any()
+    np.testing.assert_array_equal(result.masks, sample.masks)
+
+
+def test_geometry_moves_labels_with_the_image() -> None:
+    """Labels are levels of the red channel, so wherever it is clear of a limit they can be read off the picture."""
+    augment = Augment([{"name": "ScaleCrop", "scale": [0.6, 2.0]}, {"name": "HorizontalFlip"}])
+    for i in range(10):
+        result = augment(scene(i), SIZE, seeds(i))
+        red = result.frames[0][:, :, 0]
+        clear = (result.masks < 255) & (red % 50 > 10) & (red % 50 < 40)
+        assert clear.sum() > 500
+        np.testing.assert_array_equal(result.masks[clear], red[clear] // 50)
+
+
+def test_resized_labels_are_those_of_the_nearest_centre() -> None:
+    labels = np.arange(12, dtype=np.uint8).reshape(2, 6)
+    sample = Sample([np.zeros((2, 6, 3), np.uint8)], labels, are_labels=True)
+    np.testing.assert_array_equal(resize(sample, (2, 2)).masks, [[1, 4], [7, 10]])  # the middle ones of three
+    np.testing.assert_array_equal(resize(sample, (4, 12)).masks, labels.repeat(2, 0).repeat(2, 1))
+
+
+def test_a_crop_has_the_scale_that_it_is_asked_for() -> None:
+    """A picture whose red and green tell the place: neighbours differ by as much as the scale says."""
+    y, x = np.mgrid[:200, :240]
+    place = np.dstack([x, y, 0 * x]).astype(np.uint8)
+    for scale in (0.5, 1.0, 2.0):
+        crop = Augment([{"name": "ScaleCrop", "scale": [scale, scale]}])
+        assert crop.takes_originals
+        for i in range(5):
+            result = crop(Sample([place], y.astype(np.uint8), are_labels=True), (100, 100), seeds(i))
+            window, labels = result.frames[0].astype(int), result.masks
+            inside = labels != 255
+            assert inside.mean() == pytest.approx(min(1, scale) * min(1, 1.2 * scale), abs=0.01)
+            rows, columns = inside.any(1).sum(), inside.any(0).sum()
+            slopes = (
+                np.polyfit(range(columns), window[5, :columns, 0], 1),
+                np.polyfit(range(rows), window[:rows, 5, 1], 1),
+            )
+            for slope, _ in slopes:
+                assert slope == pytest.approx(2 / scale, rel=0.01)  # at 1 the short side of 200 becomes 100
+            assert np.abs(window[:rows, :columns, 1] - labels[:rows, :columns]).max() <= 1
+            assert (window[~inside] == transforms.MEAN_COLOR).all()
+
+
+def test_a_crop_avoids_places_that_one_class_takes_over() -> None:
+    labels = np.zeros((100, 800), np.uint8)
+    labels[:, 600:650] = 1
+    labels[:, :300] = 255  # ignored pixels count for no class
+    sample = Sample([np.zeros((100, 800, 3), np.uint8)], labels, are_labels=True)
+
+    def dominated(cat_max_ratio: float) -> int:
+        crop = Augment([{"name": "ScaleCrop", "scale": [1.0, 1.0], "cat_max_ratio": cat_max_ratio}])
+        found = [np.bincount(crop(sample, (100, 100), seeds(i)).masks.ravel(), minlength=256)[:2] for i in range(60)]
+        return sum(counts.max() >= 0.75 * counts.sum() for counts in found)
+
+    assert dominated(1.0) > 45
+    assert dominated(0.75) < 30  # ten places are tried: about one in ten suits
+
+
+def test_a_crop_at_any_place_needs_no_masks() -> None:
+    result = Augment(OFFICIAL_SEMANTIC[1:])(Sample(scene().frames), SIZE, seeds(0))
+    assert result.masks is None
+    assert ScaleCrop((32, 32))(image=scene().frames[0])["image"].shape == (32, 32, 3)
+
+
+def test_photometric_distortion_stays_within_its_ranges() -> None:
+    grey = Sample([np.full((8, 8, 3), 100, np.uint8)])
+    drawn = np.array([Augment([{"name": "PhotometricDistortion", "p": 1.0}])(grey, (8, 8), seeds(i)).frames[0][0, 0]
+                      for i in range(300)]).astype(int)  # fmt: skip
+    assert (drawn == drawn[:, :1]).all()  # grey has no colour to change
+    assert 0.2 < (drawn[:, 0] == 100).mean() < 0.3  # neither brightness nor contrast
+    assert 34 <= drawn.min() < 55
+    assert 150 < drawn.max() <= 198
+    red = np.full((1, 1, 3), (200, 40, 40), np.uint8)
+    np.testing.assert_array_equal(transforms.change_colors(red, 1.0, 60), [[[40, 200, 40]]])
+    np.testing.assert_allclose(transforms.change_colors(red, 0.5, 0)[0, 0], [200, 120, 120], atol=1)
+
+
+def test_a_policy_is_one_operation_of_many() -> None:
+    sample = scene(3, SIZE)
+    results = [Augment([{"name": "TrivialAugment"}])(sample, SIZE, seeds(i)) for i in range(140)]
+    moved = [not np.array_equal(result.masks, sample.masks) for result in results]
+    changed = [not np.array_equal(result.frames[0], sample.frames[0]) for result in results]
+    assert 30 < sum(moved) < 70  # five of fourteen move pixels
+    assert sum(changed) > 100
+    assert any(c and not m for c, m in zip(changed, moved, strict=True))
+    with pytest.raises(UserError, match="RandAugment refuses its arguments: operations"):
+        Augment([{"name": "RandAugment", "magnitude": 31}])
+
+
+def test_the_preview_shows_labels_in_their_colours() -> None:
+    sample = scene(0, SIZE)
+    cell = preview_sheet([sample], cell=96)[4:76, 4:196]
+    np.testing.assert_array_equal(cell[:, 96:], palette()[sample.masks])
+
+
+def test_the_palette_is_that_of_pascal_voc() -> None:
+    colors = palette(256)
+    assert colors[[0, 1, 2, 3, 15, 20, 255]].tolist() == [
+        [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192],
+    ]  # fmt: skip
+    assert len({tuple(color) for color in colors.tolist()}) == 256
