@@ -64,6 +64,21 @@ class BiRefNetSettings:
 
 
 @dataclass
+class SegFormerSettings:
+    """SegFormer (Xie et al., 2021). The defaults are the official ones."""
+
+    family: Literal["segformer"] = setting("segformer", "the model family")
+    pretrained: str = setting(
+        "none", "none, backbone, official, a weights file, or hf-hub:owner/name to start from", path="file"
+    )
+    variant: Literal["b0", "b1", "b2", "b3", "b4", "b5"] = setting("b0", "the size")
+    num_classes: int = setting(0, "classes; 0: as many as the data has", min=0)
+    drop_path: float = setting(0.1, "stochastic depth of the encoder", min=0, max=1)
+    dropout: float = setting(0.1, "dropout of channels before the classifier", min=0, max=1)
+    norm_eps: float = setting(1e-5, "epsilon of most layer norms: 1e-5 as Hugging Face, 1e-6 as NVlabs", min=0)
+
+
+@dataclass
 class DataSettings:
     """What is read and how it is varied."""
 
@@ -260,8 +275,18 @@ class DistributedSettings:
 
 # A family's row here, one in models/__init__.py and its file are all that a family is. What it changes of the defaults
 # stands below it; `task` there is the one that it does where none is named.
-FAMILY_SETTINGS: dict[str, type] = {"birefnet": BiRefNetSettings}
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {"birefnet": {"task": "binary"}}
+FAMILY_SETTINGS: dict[str, type] = {"birefnet": BiRefNetSettings, "segformer": SegFormerSettings}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "birefnet": {"task": "binary"},
+    "segformer": {
+        "task": "semantic",
+        "data.size": [512, 512],
+        "optimizer.lr": 6e-4,  # of the head; a tenth of it for the encoder
+        "optimizer.backbone_lr_scale": 0.1,
+        "scheduler.name": "poly",
+        "scheduler.power": 1.0,
+    },
+}
 
 # The loss section of each task.
 TASK_SETTINGS: dict[str, type[LossSettings]] = {"binary": BinaryLossSettings}

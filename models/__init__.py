@@ -24,6 +24,10 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "birefnet": Family("models.birefnet.BiRefNet", {"binary": "loss.BinaryCriterion"}),
+    "segformer": Family(
+        "models.segformer.SegFormer",
+        {"semantic": "semantic_loss.SemanticCriterion", "binary": "loss.BinaryCriterion"},
+    ),
 }
 
 

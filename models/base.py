@@ -195,10 +195,13 @@ class Model(nn.Module):
         Nothing raises on a mismatch: the report says what was loaded and what was not. Buffers of whole numbers
         (counters, index tables) are derived, so they are not missed.
         """
-        theirs = unwrap(state_dict)
+        return self.load_tensors(unwrap(state_dict), self.official_keys())
+
+    def load_tensors(self, theirs: Mapping[str, Tensor], table: KeyTable) -> LoadReport:
+        """Load bare tensors whose names the table translates; for families that are published in several layouts."""
         ours = self.state_dict()
         report = LoadReport()
-        for official, name in key_pairs(ours, self.official_keys()).items():
+        for official, name in key_pairs(ours, table).items():
             tensor = theirs.get(official)
             if tensor is None:
                 if ours[name].is_floating_point():
@@ -218,6 +221,17 @@ class Model(nn.Module):
         """This model's weights under the official keys, in the official order."""
         ours = self.state_dict()
         return {official: ours[name] for official, name in key_pairs(ours, self.official_keys()).items()}
+
+
+class Logits(nn.Module):
+    """The final logits as a bare tensor, for graphs that hold no dicts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)["logits"]
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

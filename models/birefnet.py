@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.backbones import BACKBONES, block_depths, find_backbone, official_keys
-from models.base import KeyTable, LoadReport, Model, checkpointed, key_pairs, unwrap
+from models.base import KeyTable, LoadReport, Logits, Model, checkpointed, key_pairs, unwrap
 from models.deformable import DeformableConv2d
 
 NECK_CHANNELS = (192, 384, 768, 1536)  # a plain transformer's maps are brought to Swin-L's channels, fine to coarse
@@ -548,17 +548,6 @@ class RefineUNet(nn.Module):
             skip = skips.pop()
             x = run(block, torch.cat([resize(x, skip), skip], 1))
         return logits + self.out(x)
-
-
-class Logits(nn.Module):
-    """The final logits as a bare tensor, for graphs that hold no dicts."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)["logits"]
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from errors import UserError, nearest
-from models.backbones.library import DinoV3, PvtV2, ResNet50, Vgg16
+from models.backbones.library import DinoV3, ResNet50, Vgg16, pvt_v2
 from models.backbones.swin import Swin
 from models.base import KeyTable
 
@@ -38,7 +38,7 @@ def _swin(width: int, depth: int, window: int, weights: str) -> Backbone:
 
 
 def _pvt(size: str, channels: tuple[int, int, int, int]) -> Backbone:
-    return Backbone(lambda rate: PvtV2(size, rate), channels, 0.1, f"{PVT_WEIGHTS}/pvt_v2_{size}.pth")
+    return Backbone(lambda rate: pvt_v2(size, rate), channels, 0.1, f"{PVT_WEIGHTS}/pvt_v2_{size}.pth")
 
 
 def _dino(size: str, width: int, depth: int) -> Backbone:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import timm
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
@@ -13,12 +15,33 @@ from models.base import KeyTable, checkpointed
 DINOV3_LAYERS = {12: (3, 5, 7, 11), 24: (5, 11, 17, 23), 32: (7, 15, 23, 31), 40: (9, 19, 29, 39)}
 
 
-class PvtV2(nn.Module):
-    """Pyramid Vision Transformer v2 (Wang et al., 2022, arXiv:2106.13797): four maps at strides 4 to 32."""
+def pvt_v2(size: str, drop_path: float) -> PvtV2:
+    """Pyramid Vision Transformer v2 (Wang et al., 2022, arXiv:2106.13797)."""
+    return PvtV2(timm.create_model(f"pvt_v2_{size}", num_classes=0, drop_path_rate=drop_path))
 
-    def __init__(self, size: str, drop_path: float) -> None:
+
+def mix_transformer(widths: tuple[int, ...], depths: tuple[int, ...], drop_path: float, norm_eps: float) -> PvtV2:
+    """SegFormer's encoder (Xie et al., 2021, arXiv:2105.15203): a PVT v2 of other heads and narrower MLPs.
+
+    `norm_eps` is that of the norms of blocks and stages; the norms of patches and reduced keys always have 1e-5.
+    """
+    net = PyramidVisionTransformerV2(
+        embed_dims=widths,
+        depths=depths,
+        num_heads=(1, 2, 5, 8),
+        mlp_ratios=(4, 4, 4, 4),
+        num_classes=0,
+        drop_path_rate=drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+    )
+    return PvtV2(net)
+
+
+class PvtV2(nn.Module):
+    """Patches, stages and their norms of one of timm's networks: four maps at strides 4 to 32."""
+
+    def __init__(self, net: Any) -> None:
         super().__init__()
-        net: Any = timm.create_model(f"pvt_v2_{size}", num_classes=0, drop_path_rate=drop_path)
         self.patch_embed, self.stages = net.patch_embed, net.stages
         self.checkpointing = False
 

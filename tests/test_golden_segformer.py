@@ -1,0 +1,101 @@
+"""SegFormer against what Hugging Face's and NVlabs' code compute from the same weights and images."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maps import argmax_at
+from models import create_model, infer_settings
+from models.base import key_pairs
+from semantic_loss import SemanticCriterion
+from tests.conftest import SHARED, needs_shared
+from tests.test_golden_birefnet import golden
+
+pytestmark = needs_shared
+FOLDER = SHARED / "golden" / "segformer"
+HUGGING_FACE = ["b0_128", "b0_96x160", "b0_odd_75x109", "b2_128", "b2_96x160"]
+NVLABS = ["nvlabs_b0_128", "nvlabs_b2_96x160"]
+
+
+@cache
+def label_map(*arguments: Any) -> Tensor:
+    """The cases' labels, made from their names."""
+    spec = importlib.util.spec_from_file_location("cases", FOLDER / "cases.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__["golden"] = golden()
+    spec.loader.exec_module(module)
+    return module.label_map(*arguments)
+
+
+def read_case(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(description, expected arrays) of one case."""
+    return json.loads((FOLDER / f"case_{name}.json").read_text()), dict(np.load(FOLDER / f"expected_{name}.npz"))
+
+
+def weights_of(case: dict[str, Any]) -> dict[str, Tensor]:
+    """The official checkpoint of a case."""
+    return golden().make_state_dict(json.loads((FOLDER / case["keys"].split()[0]).read_text()))
+
+
+def image_of(case: dict[str, Any]) -> Tensor:
+    image = golden().make_image(case["image"]["name"], tuple(case["image"]["shape"]))
+    return image * case["image"].get("scale", 1)
+
+
+def load(case: dict[str, Any], **settings: Any) -> Any:
+    weights = weights_of(case)
+    model = create_model("segformer", **infer_settings("segformer", weights), **settings)
+    report = model.load_official(weights)
+    assert not report.missing + report.unexpected + list(report.reshaped) + report.notes
+    return model
+
+
+def assert_close(value: Tensor, expected: np.ndarray, rtol: float = 1e-4, atol: float = 1e-4) -> None:
+    """As the cases state it: `atol` is a factor of the largest value."""
+    count = len(expected) - 3
+    np.testing.assert_allclose(golden().sample(value, count), expected, rtol=rtol, atol=atol * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_evaluation_of_hugging_face(name: str) -> None:
+    case, expected = read_case(name)
+    model, image = load(case).eval(), image_of(case)
+    for i, feature in enumerate(model.backbone(image)):
+        assert_close(feature, expected[f"stage{i}"])
+    logits = model.predict(image)["logits"]
+    assert_close(logits, expected["logits"])
+    assert_close(F.interpolate(logits, image.shape[-2:], mode="bilinear"), expected["upsampled"])
+    classes = golden().sample(argmax_at(logits, tuple(image.shape[-2:])).float())
+    assert (classes[:-3] != expected["argmax"][:-3]).mean() <= 1e-3
+
+
+@pytest.mark.parametrize("name", NVLABS)
+def test_evaluation_of_nvlabs(name: str) -> None:
+    case, expected = read_case(name)
+    model, image = load(case).eval(), image_of(case)
+    assert model.norm_eps == 1e-6
+    assert_close(model.predict(image)["logits"], expected["logits"])
+
+    other = create_model("segformer", variant=case["variant"], num_classes=case["num_labels"]).eval()
+    assert "norms with ε 1e-06" in other.load_official(weights_of(case)).summary()
+    assert_close(other.predict(image)["logits"], expected["logits_hf_eps"])
+
+
+def test_epsilon_of_the_patch_embedding() -> None:
+    case, expected = read_case("eps_b0_64")
+    model, image = load(case).eval(), image_of(case)
+    torch.nn.init.zeros_(model.backbone.patch_embed.proj.bias)
+    assert_close(model.backbone(image)[0], expected["stage0"])
+    assert_close(model.predict(image)["logits"], expected["logits"])
