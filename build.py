@@ -68,11 +68,15 @@ def build_readers(config: Config, task: Task, world: World, log: Log) -> tuple[R
 
 
 def find_faults(readers: list[Reader], world: World, progress: bool) -> list[list[Fault]]:
-    """What is wrong with each reader's samples; rank 0 looks for all."""
+    """What is wrong with each reader's samples; rank 0 looks for all, and all know what it learned."""
     found = None
     if world.is_main_process:
-        found = [check(reader, workers=os.cpu_count() or 1, progress=progress) for reader in readers]
-    return world.agree(found)
+        faults = [check(reader, workers=os.cpu_count() or 1, progress=progress) for reader in readers]
+        found = faults, [reader.findings() for reader in readers]
+    faults, findings = world.agree(found)
+    for reader, learned in zip(readers, findings, strict=True):
+        reader.adopt(learned)
+    return faults
 
 
 def data_table(readers: dict[str, Reader | None]) -> str:
@@ -89,12 +93,13 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
     training, validation = readers
     check_size(config, stride)
     data, size = config.data, (config.data.size[1], config.data.size[0])
+    augment = build_augment(config, task)
     if data.load_all:
         path = world.agree(f"{os.environ.get('TMPDIR', '/tmp')}/maskwright-{os.getpid()}")
         training = Cached(
             training,
             path=str(path),
-            size=None if data.dynamic_size else size,
+            size=None if data.dynamic_size or augment.takes_originals else size,
             write=world.local_rank == 0,
             barrier=world.barrier,
             progress=config.logging.progress and sys.stderr.isatty(),
@@ -112,7 +117,7 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
         dynamic_size_batch=data.dynamic_size_batch,
         stride=stride,
     )
-    dataset = Dataset(training, make_target=task.make_target, augment=build_augment(config, task), seed=config.seed)
+    dataset = Dataset(training, make_target=task.make_target, augment=augment, seed=config.seed)
     train_loader = build_loader(
         dataset,
         sampler,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import cv2
 import numpy as np
 
 from errors import UserError, nearest
@@ -52,8 +53,8 @@ class Mix:
         taken = cut_box(rng, labels.shape) if way == "cutmix" else half_of_classes(rng, others)
         return replace(
             item,
-            image=np.where(taken[:, :, None], partner.image, item.image),
-            target=replace(item.target, labels=np.where(taken, others, labels)),
+            image=cv2.copyTo(partner.image, taken, item.image.copy()),
+            target=replace(item.target, labels=cv2.copyTo(others, taken, labels.copy())),
         )
 
     def _way(self, drawn: float) -> str | None:
@@ -65,7 +66,7 @@ class Mix:
 
 
 def cut_box(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: a box of the picture's shape, of a share of its area drawn evenly from 0 to 1, anywhere.
+    """(H, W) uint8, 1 in a box of the picture's shape, of an area drawn evenly from none to all of it, anywhere.
 
     CutMix (Yun et al., 2019) with alpha 1: the centre lies within the picture, what hangs over is cut off.
     """
@@ -73,14 +74,14 @@ def cut_box(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     side = np.sqrt(rng.random())
     center = rng.random(2) * shape
     (top, left), (bottom, right) = (np.rint(center + sign * side / 2 * np.array(shape)).astype(int) for sign in (-1, 1))
-    box = np.zeros((height, width), bool)
-    box[max(0, top) : bottom, max(0, left) : right] = True
+    box = np.zeros((height, width), np.uint8)
+    box[max(0, top) : bottom, max(0, left) : right] = 1
     return box
 
 
 def half_of_classes(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: the pixels of half of the classes there, rounded up (ClassMix, Olsson et al., 2021)."""
+    """(H, W) uint8, 1 at the pixels of half of the classes there, rounded up (ClassMix, Olsson et al., 2021)."""
     present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256)[:IGNORED])
-    chosen = np.zeros(256, bool)
-    chosen[rng.choice(present, size=(len(present) + 1) // 2, replace=False)] = True
+    chosen = np.zeros(256, np.uint8)
+    chosen[rng.choice(present, size=(len(present) + 1) // 2, replace=False)] = 1
     return chosen[labels]

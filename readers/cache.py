@@ -32,7 +32,8 @@ class Cached(Subset):
     between mapping and unlinking. Alone, the defaults do. Forked workers inherit the mapping.
 
     With `size` samples are stored as `transforms.resize` makes them, what augmentation begins with anyway: the same
-    bytes reach it, but an original size is no longer known, so evaluation and a dynamic size cache without.
+    bytes reach it, but an original size is no longer known, so evaluation, a dynamic size and an `Augment` that takes
+    originals cache without.
 
     Raises:
         UserError: no room for the file, by its path.

@@ -16,7 +16,10 @@ from checkpoint import RunFolder
 from dataset import IMAGENET_MEAN, IMAGENET_STD, normalize
 from errors import UserError
 from models import create_model
+from readers import pixel_counts, semantic_reader
+from tasks import get_task
 from tests.helpers import TINY, draw_set, flags_for, in_process
+from tests.sets import save
 from tracking import Log
 from utils import World, is_better
 
@@ -174,3 +177,36 @@ def test_what_is_no_number_beats_nothing() -> None:
     assert is_better(0.1, float("nan"), True)
     assert is_better(0.1, 0.2, False)
     assert not is_better(0.1, 0.2, True)
+
+
+def test_a_list_that_takes_originals_is_given_them_from_the_cache_too(tmp_path: Path) -> None:
+    draw_set(tmp_path / "train", 3)
+    (tmp_path / "own.yml").write_text("data: {augment: [{name: ScaleCrop, p: 1.0, scale: [0.5, 2.0]}]}")
+    words = [*TINY, "--config", str(tmp_path / "own.yml"), "--data.train", str(tmp_path / "train"), "--data.val="]
+    batches = []
+    for more in ([], ["--data.load_all"]):
+        settings = config.load([*words, "--data.val_fraction", "0", "--train.batch_size", "3", *more])
+        task = get_task(settings.task)
+        readers = build.build_readers(settings, task, ALONE, Log([]))
+        loader, _ = build.build_loaders(settings, task, ALONE, readers, 32)
+        batches.append(next(iter(loader)))
+    assert torch.equal(batches[0].images, batches[1].images)
+    assert torch.equal(batches[0].targets.masks, batches[1].targets.masks)
+
+
+def test_all_ranks_know_what_the_check_of_one_learned(tmp_path: Path) -> None:
+    for sub, picture in (("images", np.zeros((4, 6, 3), np.uint8)), ("masks", np.ones((4, 6), np.uint8))):
+        save(tmp_path / sub / "x.png", picture)
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    first, other = (semantic_reader(str(tmp_path)) for _ in range(2))
+
+    class Rank(World):
+        """A second rank, to which the first has sent what it found."""
+
+        def agree(self, value: object) -> object:
+            return [[]], [first.findings()]
+
+    assert build.find_faults([first], ALONE, False) == [[]]
+    assert build.find_faults([other], Rank(**{**vars(ALONE), "rank": 1}), False) == [[]]
+    (tmp_path / "masks/x.png").unlink()
+    assert pixel_counts(other).tolist() == [0, 24, 0]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from demo import write_demo, write_semantic_demo
 from errors import UserError
-from readers import BinaryFolders, check, class_table, semantic_reader
+from readers import BinaryFolders, Reader, check, class_table, semantic_reader
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_no_table_of_colours_finds_the_classes(semantic: Path) -> None:
     """The best guess from a pixel's colour, learnt on the training pictures or even on the validation ones."""
     train, val = (semantic_reader(part, root=semantic) for part in ("train", "val"))
 
-    def colors_and_labels(reader: object) -> tuple[np.ndarray, np.ndarray]:
+    def colors_and_labels(reader: Reader) -> tuple[np.ndarray, np.ndarray]:
         samples = [reader.read(i) for i in range(len(reader))]
         colors = np.concatenate([sample.frames[0].reshape(-1, 3) // 16 for sample in samples]).astype(int)
         labels = np.concatenate([sample.masks.ravel() for sample in samples])
