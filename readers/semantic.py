@@ -71,9 +71,9 @@ class SemanticFolder(LabelSource):
     def __init__(self, name: str, path: Path, weight: float):
         super().__init__(name, path, weight)
         pairs = list_pairs(path, name, self.faults, images=("images", "im"), masks=("masks", "gt", "labels"))
-        self.items = [Item(pair.image, pair.stem, mask=pair.mask) for pair in pairs]
-        if path.is_dir():
-            self.classes = self._read_classes()
+        self.classes = self._read_classes() if pairs else {}
+        if self.classes:
+            self.items = [Item(pair.image, pair.stem, mask=pair.mask) for pair in pairs]
 
     def _read_classes(self) -> dict[Id, str]:
         file = next((f / "classes.txt" for f in (self.path, self.path.parent) if (f / "classes.txt").is_file()), None)
@@ -114,7 +114,7 @@ class SemanticFolder(LabelSource):
 class CocoLabels(LabelSource):
     """COCO json, its objects drawn one over the other; what no object covers is `background`.
 
-    A crowd is drawn as its class, below all objects, as COCO's own pixel maps have it; with category ids of any kind.
+    A crowd is drawn as its class, below all objects (torchvision's references/segmentation leave crowds in, too).
     """
 
     def __init__(self, name: str, path: Path, weight: float, images: Path | None):
@@ -223,7 +223,7 @@ class SemanticReader(Reader):
     def adopt(self, findings: dict[int, Checked]) -> None:
         self._checked.update(findings)
         for index, checked in findings.items():
-            if checked.packed:  # the polygons take ten times as much, in every worker
+            if checked.packed:  # polygons take several times as much, in every worker
                 self._items[index][1].annotations = []
 
     def counts_of(self, index: int) -> np.ndarray:
