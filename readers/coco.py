@@ -85,12 +85,13 @@ class CocoFile:
         categories: dict[Id, str] = {}
         for row in self._rows(content, "categories"):
             number, name = row.get("id"), row.get("name")
-            if not (_is_id(number) and isinstance(name, str) and name.strip()):
+            words = " ".join(name.split()) if isinstance(name, str) else ""
+            if not (_is_id(number) and words and words.isprintable()):
                 self._report(f"a category needs an id and a name, not {_shown(number)} and {_shown(name)}")
-            elif number in categories or name.strip() in categories.values():
-                self._report(f"category {_shown(number)} ({_shown(name)}) has an id or a name that another one has")
+            elif number in categories or words in categories.values():
+                self._report(f"category {_shown(number)} ({words}) has an id or a name that another one has")
             else:
-                categories[number] = name.strip()
+                categories[number] = words
         return categories
 
     def _images(self, content: dict[str, Any], folders: list[Path]) -> dict[Id, CocoImage | None]:

@@ -147,9 +147,10 @@ def test_no_file_name_leads_out_of_the_images(tmp_path: Path, name: str) -> None
 
 def test_ids_of_any_kind_are_sorted_and_repeated_ones_named(tmp_path: Path) -> None:
     categories = [{"id": number, "name": f"n{number}"} for number in ("b", 10, 9, "a", 10, True, None)]
-    content = CocoFile(coco_set(tmp_path, [], categories=[*categories, {"id": 3, "name": "n9"}, 5]))
-    assert content.categories == {9: "n9", 10: "n10", "a": "na", "b": "nb"}
-    assert len(content.faults) == 5
+    more = [{"id": 3, "name": "n9"}, 5, {"id": 4, "name": "\ud800"}, {"id": 11, "name": " n 11\n"}]
+    content = CocoFile(coco_set(tmp_path, [], categories=[*categories, *more]))
+    assert content.categories == {9: "n9", 10: "n10", 11: "n 11", "a": "na", "b": "nb"}
+    assert len(content.faults) == 6
 
 
 # --- anything at all
@@ -202,6 +203,7 @@ def fuzz(folder: str, first: int, last: int) -> None:
         for line in map(str, faults):
             assert "\n" not in line
             line.encode()
+        assert all(name.isprintable() for name in reader.class_names)
         broken = {fault.path for fault in faults}
         for index in range(len(reader)):
             if not broken & set(reader.files(index)):
