@@ -157,4 +157,4 @@ def test_no_table_of_colours_finds_the_classes(semantic: Path) -> None:
             overlap = [
                 ((guessed == c) & (labels == c)).sum() / ((guessed == c) | (labels == c)).sum() for c in range(6)
             ]
-            assert np.mean(overlap) < 0.3
+            assert np.mean(overlap) < 0.2
