@@ -185,8 +185,8 @@ class Head(nn.Module):
     """Four maps, fine to coarse, to logits at the finest one's size.
 
     Officially each map is projected to the head's width and upsampled, all are joined, and a 1×1 convolution fuses
-    them. All of that is linear, so each projection is multiplied with its part of the fusion first: one 1×1 convolution
-    at the map's own size, and sums instead of one map of four times the width.
+    them. All of that is linear, so each projection is multiplied with its part of the fusion first: one product at the
+    map's own size, and sums instead of a map of four times the width. Channels come last throughout.
     """
 
     def __init__(self, channels: tuple[int, ...], width: int, num_classes: int, dropout: float) -> None:
@@ -198,19 +198,24 @@ class Head(nn.Module):
         self.classify = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        fused = self.join(features)
-        return self.classify(self.dropout(F.relu(self.norm(fused), inplace=True)))
+        x = F.relu(self.norm(self.join(features)), inplace=True)
+        return pointwise(self.dropout(x), self.classify.weight.flatten(1), self.classify.bias)
 
     def join(self, features: list[Tensor]) -> Tensor:
         """(B, width, H/4, W/4): what the fusion's convolution gives."""
-        parts = reversed(self.fuse.weight.flatten(1).chunk(len(features), 1))
-        weights = [(part @ linear.weight)[..., None, None] for part, linear in zip(parts, self.project, strict=True)]
-        bias = self.fuse.weight.flatten(1) @ torch.cat([linear.bias for linear in reversed(self.project)])
-        total = F.conv2d(features[0], weights[0], bias)
-        for feature, weight in zip(features[1:], weights[1:], strict=True):
-            small = F.conv2d(feature, weight)
-            total = total + F.interpolate(small, total.shape[-2:], mode="bilinear")
+        fusion = self.fuse.weight.flatten(1)
+        weights, biases = zip(*((linear.weight, linear.bias) for linear in self.project), strict=True)
+        parts = reversed(fusion.chunk(len(features), 1))
+        finest, *others = [part @ weight for part, weight in zip(parts, weights, strict=True)]
+        total = pointwise(features[0], finest, fusion @ torch.cat(biases[::-1]))
+        for feature, weight in zip(features[1:], others, strict=True):
+            total = F.interpolate(pointwise(feature, weight), total.shape[-2:], mode="bilinear").add_(total)
         return total
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1×1 convolution of (B, C, H, W) by weights (D, C): (B, D, H, W), channels last in memory."""
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

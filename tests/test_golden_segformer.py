@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from functools import cache
+import runpy
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from maps import argmax_at
 from models import create_model, infer_settings
 from models.base import key_pairs
+from models.segformer import split_key_value
 from semantic_loss import SemanticCriterion
 from tests.conftest import SHARED, needs_shared
 from tests.test_golden_birefnet import golden
@@ -27,16 +28,12 @@ HUGGING_FACE = ["b0_128", "b0_96x160", "b0_odd_75x109", "b2_128", "b2_96x160"]
 NVLABS = ["nvlabs_b0_128", "nvlabs_b2_96x160"]
 
 
-@cache
-def label_map(*arguments: Any) -> Tensor:
-    """The cases' labels, made from their names."""
-    spec = importlib.util.spec_from_file_location("cases", FOLDER / "cases.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    module.__dict__["golden"] = golden()
-    spec.loader.exec_module(module)
-    return module.label_map(*arguments)
+def label_map(case: dict[str, Any]) -> Tensor:
+    """(B, H, W) uint8 labels of a case, made from their name."""
+    sys.modules["golden"] = golden()  # which cases.py imports
+    cases = runpy.run_path(str(FOLDER / "cases.py"))
+    labels = cases["label_map"](case["labels"]["name"], case["labels"]["shape"], case["num_labels"])
+    return labels.to(torch.uint8)
 
 
 def read_case(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -77,7 +74,7 @@ def test_evaluation_of_hugging_face(name: str) -> None:
     logits = model.predict(image)["logits"]
     assert_close(logits, expected["logits"])
     assert_close(F.interpolate(logits, image.shape[-2:], mode="bilinear"), expected["upsampled"])
-    classes = golden().sample(argmax_at(logits, tuple(image.shape[-2:])).float())
+    classes = golden().sample(argmax_at(logits, (image.shape[-2], image.shape[-1])).float())
     assert (classes[:-3] != expected["argmax"][:-3]).mean() <= 1e-3
 
 
@@ -99,3 +96,47 @@ def test_epsilon_of_the_patch_embedding() -> None:
     torch.nn.init.zeros_(model.backbone.patch_embed.proj.bias)
     assert_close(model.backbone(image)[0], expected["stage0"])
     assert_close(model.predict(image)["logits"], expected["logits"])
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Any]:
+    """The training case's model after each loss, with the values and the gradients."""
+    case, expected = read_case("train_b0")
+    results: dict[str, Any] = {"case": case, "expected": expected}
+    for name, terms in {"ce": ("ce",), "dice": ("dice",), "ce_plus_dice": ("ce", "dice")}.items():
+        model = load(case, drop_path=0.0, dropout=0.0).train()
+        criterion = SemanticCriterion(dict.fromkeys(terms, 1.0), num_classes=case["num_labels"])
+        batch = SimpleNamespace(images=image_of(case), targets=SimpleNamespace(labels=label_map(case)))
+        outputs = model(batch)
+        losses = criterion(outputs, batch, criterion.counts(batch))
+        torch.stack(list(losses.values())).sum().backward()
+        results[name] = (model, outputs["logits"], losses)
+    return results
+
+
+def test_training_logits_and_statistics(trained: dict[str, Any]) -> None:
+    model, logits, _ = trained["ce"]
+    assert_close(logits, trained["expected"]["logits"])
+    assert_close(model.head.norm.running_mean, trained["expected"]["bn_running_mean_after"])
+    assert_close(model.head.norm.running_var, trained["expected"]["bn_running_var_after"])
+
+
+@pytest.mark.parametrize("name", ["ce", "dice", "ce_plus_dice"])
+def test_training_losses_and_gradients(name: str, trained: dict[str, Any]) -> None:
+    case, expected, (model, _, losses) = trained["case"], trained["expected"], trained[name]
+    total = torch.stack(list(losses.values())).sum()
+    assert abs(total.item() / case["values"][name] - 1) <= 1e-5
+
+    parameters = dict(model.named_parameters())
+    pairs = key_pairs(parameters, model.official_keys())
+    gradients = split_key_value({official: parameters[own].grad for official, own in pairs.items()})
+    norms = [gradients[official].norm() for official in case["parameters"]]
+    whole = case["values"][f"total_grad_norm_{name}"]
+    np.testing.assert_allclose(torch.stack(norms), expected[f"grad_norm_{name}"], rtol=1e-3, atol=1e-6 * whole)
+    assert abs(torch.stack(norms).norm() / whole - 1) <= 1e-3
+    if name == "ce_plus_dice":
+        for part, parameter in {
+            "classifier": model.head.classify.weight,
+            "patch_embed0": model.backbone.patch_embed.proj.weight,
+        }.items():
+            assert_close(parameter.grad, expected[f"grad_sample_{part}_{name}"], rtol=1e-3)

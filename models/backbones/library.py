@@ -25,6 +25,7 @@ def mix_transformer(widths: tuple[int, ...], depths: tuple[int, ...], drop_path:
 
     `norm_eps` is that of the norms of blocks and stages; the norms of patches and reduced keys always have 1e-5.
     """
+    norm: Any = partial(nn.LayerNorm, eps=norm_eps)
     net = PyramidVisionTransformerV2(
         embed_dims=widths,
         depths=depths,
@@ -32,7 +33,7 @@ def mix_transformer(widths: tuple[int, ...], depths: tuple[int, ...], drop_path:
         mlp_ratios=(4, 4, 4, 4),
         num_classes=0,
         drop_path_rate=drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+        norm_layer=norm,
     )
     return PvtV2(net)
 
