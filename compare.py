@@ -64,12 +64,11 @@ def compare(
             raise UserError(f"A and B are not of the same samples: A has {ours.sample_id}, B has {theirs.sample_id}")
     if len(a) != len(b):
         raise UserError(f"A and B are not of the same samples: A has {len(a)} of them, B has {len(b)}")
-    means = metric.means(list(a)), metric.means(list(b))
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for weights in _draws(len(a), resamples):
         for name in names:
             drawn[name].append(_statistic(metric, b, name, weights) - _statistic(metric, a, name, weights))
-    return [_difference(metric, name, means, a, b, np.concatenate(drawn[name])) for name in names]
+    return [_difference(metric, name, a, b, np.concatenate(drawn[name])) for name in names]
 
 
 def _draws(samples: int, resamples: int) -> Iterator[np.ndarray]:
@@ -95,14 +94,15 @@ def _statistic(metric: StreamingMetric, rows: Sequence[Row], name: str, weights:
 
 
 def _difference(
-    metric: StreamingMetric, name: str, means: tuple[dict, dict], a: Sequence[Row], b: Sequence[Row], drawn: np.ndarray
+    metric: StreamingMetric, name: str, a: Sequence[Row], b: Sequence[Row], drawn: np.ndarray
 ) -> Difference:
     higher = metric.higher_is_better[name]
     tails = (1 - COVERAGE) / 2
     known = drawn[~np.isnan(drawn)]
     low, high = np.quantile(known, [tails, 1 - tails]) if len(known) else (math.nan, math.nan)
     changes = np.array(improvements(a, b, name, higher))
-    return Difference(name, higher, means[0][name], means[1][name], float(low), float(high),
+    score_a, score_b = metric.mean(name, list(a)), metric.mean(name, list(b))
+    return Difference(name, higher, score_a, score_b, float(low), float(high),
                       a_wins=float((changes < 0).mean()), b_wins=float((changes > 0).mean()))  # fmt: skip
 
 
