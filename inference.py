@@ -333,8 +333,8 @@ def draw_outputs(prediction: Prediction, *, task: Task, kinds: list[str]) -> dic
 
 def on_checkers(cutout: np.ndarray) -> np.ndarray:
     """(H, W, 4) RGBA on the light checkers that stand for transparency, (H, W, 3) RGB."""
-    y, x = np.indices(cutout.shape[:2], dtype=np.uint16, sparse=True)
-    ground = np.where((y // 16 + x // 16) % 2, 255, 204).astype(np.uint8)
+    y, x = (np.arange(side) // 16 for side in cutout.shape[:2])
+    ground = np.where((y[:, None] + x) % 2, 255, 204).astype(np.uint8)
     weight = cutout[..., 3].astype(np.float32) / 255
     return cv2.blendLinear(cutout[..., :3].copy(), cv2.cvtColor(ground, cv2.COLOR_GRAY2RGB), weight, 1 - weight)
 

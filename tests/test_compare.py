@@ -38,11 +38,11 @@ def test_curves_are_averaged_before_their_maximum_in_every_resample() -> None:
     generator = np.random.default_rng(3)
     curves = generator.uniform(0, 1, (2, 12, 256))
     name, take = METRIC.curves["max_f"]
-    sides = [
+    a, b = (
         [Row("d", f"{i:02d}", "", {"max_f": float(curve.max())}, {name: curve}) for i, curve in enumerate(side)]
         for side in curves
-    ]
-    (found,) = compare(METRIC, *sides, ["max_f"], resamples=2000)
+    )
+    (found,) = compare(METRIC, a, b, ["max_f"], resamples=2000)
     assert found.value == pytest.approx(curves[1].mean(0).max() - curves[0].mean(0).max())
     picks = np.random.default_rng(4).integers(0, 12, (2000, 12))
     drawn = [take(curves[1][pick].mean(0)) - take(curves[0][pick].mean(0)) for pick in picks]
