@@ -21,6 +21,7 @@ from config import Config
 from dataset import Dataset, EvalSampler, TrainSampler, build_loader
 from downloads import fetch
 from errors import UserError
+from mixing import Mix
 from models import LoadReport, create_criterion, create_model
 from optim import build_optimizer
 from readers import Cached, Fault, Reader, check, drop, fail_on, limit, split
@@ -40,10 +41,11 @@ def build_readers(config: Config, task: Task, world: World, log: Log) -> tuple[R
         root, train_spec, val_spec = task.demo_root(), "train", "val"
         log.say("training on the demo data that this program draws itself; name your own with --data.train")
     if not train_spec:
-        raise UserError("no training data: name it with --data.train path/to/set (a folder with im/ and gt/)")
-    readers = [task.reader(train_spec, root=root)]
+        raise UserError(f"no training data: name it with --data.train path/to/set ({task.layout})")
+    readers = [task.reader(train_spec, root=root, images=data.images)]
     if val_spec:
-        readers.append(task.reader(val_spec, root=root, class_names=readers[0].class_names))
+        names = readers[0].class_names
+        readers.append(task.reader(val_spec, root=root, class_names=names, images=data.images))
     faults = find_faults(readers, world, config.logging.progress and sys.stderr.isatty())
     if data.on_error == "fail":
         fail_on([fault for found in faults for fault in found])
@@ -123,6 +125,7 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
         sampler,
         collate_targets=task.collate_targets,
         statistics=data.normalize,
+        mix=build_mix(config, task),
         workers=loading_workers(data.num_workers, world.size),
         persistent=True,
         pin=world.device.type == "cuda",
@@ -161,11 +164,35 @@ def build_augment(config: Config, task: Task) -> Augment:
     """The transforms of the configuration, else the task's official recipe."""
     transforms = list(task.augment if config.data.augment is None else config.data.augment)
     if config.data.background_synthesis:
+        if task.cut_out is None:
+            raise UserError(f"data.background_synthesis needs masks that are alpha, which those of {task.name} are not")
         transforms.insert(0, {"name": "BackgroundSynthesis", "p": config.data.background_synthesis})
     return Augment(transforms)
 
 
+def build_mix(config: Config, task: Task) -> Mix | None:
+    """How the samples of a training batch are mixed, where they are; raises `UserError` where they cannot be."""
+    if not any(config.data.mix.values()):
+        return None
+    if not task.mixes:
+        raise UserError(f"data.mix is for tasks with a class in each pixel, and the samples of {task.name} have none")
+    if config.train.batch_size < 2:
+        raise UserError("data.mix needs a train.batch_size of 2 or more, since the samples of a batch are mixed")
+    return Mix(config.data.mix, seed=config.seed)
+
+
 # ---------------------------------------------------------------- model, criterion, optimizer
+
+
+def settle_classes(config: Config, task: Task, reader: Reader) -> None:
+    """Where the model has as many classes as the data, say how many in the configuration, which the run keeps."""
+    model: Any = config.model
+    if not hasattr(model, "num_classes"):
+        return
+    there = task.num_classes(reader)
+    model.num_classes = model.num_classes or there
+    if model.num_classes < there:
+        raise UserError(f"the data has {there} classes, but model.num_classes is {model.num_classes}: leave it at 0")
 
 
 def build_model(config: Config, world: World, log: Log, pretrained: bool = True) -> Any:
@@ -238,10 +265,10 @@ def model_settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in asdict(config.model).items() if key not in ("family", "pretrained")}
 
 
-def build_criterion(config: Config) -> Any:
+def build_criterion(config: Config, task: Task, reader: Reader) -> Any:
     """The criterion of the family and task; what the loss section says about time is the loop's business."""
     settings = {key: value for key, value in asdict(config.loss).items() if not key.startswith("last_epochs")}
-    return create_criterion(config.model.family, config.task, **settings)
+    return create_criterion(config.model.family, config.task, **task.loss_settings(settings, reader))
 
 
 def build_optimizer_for(config: Config, model: Any) -> torch.optim.Optimizer:

@@ -30,7 +30,8 @@ def check_data(config: Config) -> None:
     """`--check_data`: list every fault, or say what there is."""
     log = Log(secret_values(config))
     training, validation = build_readers(config, get_task(config.task), World.alone(), log)
-    log.say("the data is in order:\n" + data_table({"training": training, "validation": validation}))
+    tables = [data_table({"training": training, "validation": validation}), get_task(config.task).data_table(training)]
+    log.say("\n".join(["the data is in order:", *filter(None, tables)]))
 
 
 def preview(config: Config) -> None:

@@ -85,9 +85,9 @@ def evaluate(
 
 
 def score_checkpoint(
-    path: Path, flags: list[str], names: Sequence[str], world: World, faults: FaultsOf | None = None
+    path: Path, flags: list[str], options: EvaluateSettings, world: World, faults: FaultsOf | None = None
 ) -> Result:
-    """Score a checkpoint by the `names` of its task's metric.
+    """Score a checkpoint by what is chosen, else by what its task is tested with.
 
     The settings are the run's own, changed by `flags`; official weights have none, so theirs are those of the flags
     (with presets and config_vars.yml). Data that `faults` knows is not checked again.
@@ -101,7 +101,7 @@ def score_checkpoint(
     metric = evaluate(
         model.to(world.device),
         build_eval_loader(reader, task, config, world),
-        task.metric(names),
+        task.metric(metric_names(task, config, options), reader.class_names),
         world=world,
         precision=choose_precision(config.train.mixed_precision, world.device),
         tta=config.evaluation.scales,
@@ -122,7 +122,7 @@ def settings_for(meta: dict[str, Any], path: Path, flags: list[str]) -> Config:
         config = load_config(flags)
     if not (config.data.test or config.data.val or (is_run and config.is_demo)):
         raise UserError(
-            f"nothing to score {path} on: name a test set with --data.test path/to/set (a folder with im/ and gt/)"
+            f"nothing to score {path} on: name a test set with --data.test path/to/set ({get_task(config.task).layout})"
         )
     return config
 
@@ -135,7 +135,7 @@ def read_test_sets(config: Config, meta: dict[str, Any], task: Task, world: Worl
     root, spec = config.data.root, config.data.test or config.data.val
     if config.is_demo:
         root, spec = task.demo_root(), "val"
-    reader = task.reader(spec, root=root or None, class_names=meta.get("class_names"))
+    reader = task.reader(spec, root=root or None, class_names=meta.get("class_names"), images=config.data.images)
     if (root, spec) not in faults:
         faults[root, spec] = find_faults([reader], world, config.logging.progress and sys.stderr.isatty())[0]
     reader = without_faults(reader, faults[root, spec], config)
@@ -153,12 +153,13 @@ def without_faults(reader: Reader, faults: list[Fault], config: Config) -> Reade
 # ---------------------------------------------------------------- finished masks
 
 
-def score_masks(path: str, options: EvaluateSettings, config: Config, names: Sequence[str], world: World) -> Result:
+def score_masks(path: str, options: EvaluateSettings, config: Config, world: World) -> Result:
     """Score the masks below a folder against those of `--ground_truth`; each rank takes its share of them."""
     masks = FinishedMasks(path, options.ground_truth, resize=options.resize_predictions)
     progress = config.logging.progress and sys.stderr.isatty()
     reader = without_faults(masks, find_faults([masks], world, progress)[0], config)
-    metric = get_task(config.task).metric(names)
+    task = get_task(config.task)
+    metric = task.metric(metric_names(task, config, options), [])
     indices = range(world.rank, len(reader), world.size)
     for index in tqdm(indices, desc=path, unit="mask", leave=False, disable=not (progress and world.is_main_process)):
         sample = reader.read(index)
@@ -198,12 +199,15 @@ def check_options(options: EvaluateSettings) -> None:
         check_output(options.output_samples, (".csv",))
 
 
-def choose_metrics(options: EvaluateSettings, config: Config) -> tuple[list[str], list[str]]:
-    """(names to measure by, scores to show): what is chosen, else the task's own scores and those of its field."""
-    task, chosen = get_task(config.task), config.evaluation.metrics
-    names = [*(chosen or task.test_metrics), *([options.best_by] if options.best_by else [])]
-    metric = task.metric(names)
-    return names, metric.resolve(names) if chosen else list(metric.higher_is_better)
+def metric_names(task: Task, config: Config, options: EvaluateSettings) -> list[str]:
+    """What to measure beside the task's own scores: what is chosen, else those of its field."""
+    return [*(config.evaluation.metrics or task.test_metrics), *([options.best_by] if options.best_by else [])]
+
+
+def shown_scores(metric: Any, config: Config) -> list[str]:
+    """The columns of the table: what is chosen, else everything that is measured."""
+    chosen = config.evaluation.metrics
+    return metric.resolve(chosen) if chosen else list(metric.higher_is_better)
 
 
 def epoch_files(path: str) -> list[str]:
@@ -216,16 +220,16 @@ def epoch_files(path: str) -> list[str]:
     return files
 
 
-def score_all(options: EvaluateSettings, flags: list[str], names: Sequence[str], world: World) -> list[Result]:
+def score_all(options: EvaluateSettings, flags: list[str], world: World) -> list[Result]:
     """A result for each checkpoint or folder of masks."""
     if options.ground_truth:
         config = load_config(flags)
-        return [score_masks(path, options, config, names, world) for path in options.predictions or options.compare]
+        return [score_masks(path, options, config, world) for path in options.predictions or options.compare]
     paths = options.checkpoint or options.compare
     if options.best_by:
         paths = [file for path in paths for file in epoch_files(path)]
     faults: FaultsOf = {}
-    return [score_checkpoint(Path(path), flags, names, world, faults) for path in paths]
+    return [score_checkpoint(Path(path), flags, options, world, faults) for path in paths]
 
 
 def tables_of(results: list[Result], options: EvaluateSettings, shown: Sequence[str]) -> list[Table]:
@@ -247,15 +251,15 @@ def command() -> None:
     options, flags = split_options(EvaluateSettings, [word for word in sys.argv[1:] if word != "--debug"])
     check_options(options)
     config = load_config(flags)
-    names, shown = choose_metrics(options, config)
     device = "cpu" if options.ground_truth else config.device
     world = join_world(device, config.distributed.timeout_minutes)
     try:
-        results = score_all(options, flags, names, world)
+        results = score_all(options, flags, world)
     finally:
         leave_world()
     if not world.is_main_process:
         return
+    shown = shown_scores(results[0].metric, config)
     tables = tables_of(results, options, shown)
     is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = shutil.get_terminal_size().columns

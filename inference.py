@@ -53,7 +53,13 @@ from writers import FormatError, FrameFolder, VideoWriter, write_image
 
 WRITERS = 4
 DEFAULT_SIZE = [1024, 1024]  # of official weights, which do not say what they were trained on
-SUFFIXES = {"masks": ".png", "cutouts": ".png", "overlays": ".jpg", "side_by_side": ".jpg"}  # of what images become
+SUFFIXES = {
+    "masks": ".png",
+    "colors": ".png",
+    "cutouts": ".png",
+    "overlays": ".jpg",
+    "side_by_side": ".jpg",
+}  # of what images become
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -62,8 +68,7 @@ R = TypeVar("R")
 def run(settings: InferenceSettings) -> list[Fault]:
     """Predict and write everything; returns what could not be done, by input file. `UserError` before that."""
     silence_opencv()
-    images, output, kinds = list_inputs(settings), Path(settings.output), kinds_of(settings)
-    prepare_output(output, kinds, settings, images)
+    images, output = list_inputs(settings), Path(settings.output)
     predictor = Predictor(
         *load_model(Path(settings.checkpoint)),
         size=settings.size,
@@ -77,7 +82,9 @@ def run(settings: InferenceSettings) -> list[Fault]:
     task = predictor.task
     if settings.cutout and not task.cut_out:
         raise UserError(f"--cutout needs masks that are alpha, but those of the task {task.name} are not; leave it out")
-    draw = partial(draw_outputs, task=task, kinds=kinds)
+    kinds = kinds_of(settings, task)
+    prepare_output(output, kinds, settings, images)
+    draw = partial(draw_outputs, task=task, kinds=kinds, class_names=predictor.class_names)
     stills = predictor.stills(images, loading_workers(settings.num_workers))
     faults = write_stills(with_bar(stills, "images", len(images)), output, draw) if len(images) else []
     for name, path in images.videos.items():
@@ -116,9 +123,10 @@ def list_inputs(settings: InferenceSettings) -> ImageList:
     return images
 
 
-def kinds_of(settings: InferenceSettings) -> list[str]:
+def kinds_of(settings: InferenceSettings, task: Task) -> list[str]:
     """What is written of each picture, by the names of the folders."""
-    asked = {"cutouts": settings.cutout, "overlays": settings.overlay, "side_by_side": settings.side_by_side}
+    asked = {"colors": settings.colors and task.has_colors, "cutouts": settings.cutout, "overlays": settings.overlay,
+             "side_by_side": settings.side_by_side}  # fmt: skip
     return ["masks", *(kind for kind, is_asked in asked.items() if is_asked)]
 
 
@@ -185,6 +193,7 @@ class Predictor:
     ):
         self.size = input_size(size or meta.get("size") or DEFAULT_SIZE, model.stride)
         self.task: Task = get_task(meta["task"])
+        self.class_names: list[str] = meta.get("class_names") or []
         self.statistics: str = meta.get("normalize", "imagenet")
         self.device = pick_device(device)
         self.precision = choose_precision(mixed_precision, self.device)
@@ -312,7 +321,9 @@ def ahead(work: Callable[[T], R], items: Iterable[T], threads: int, depth: int) 
 Draw = Callable[[Prediction], dict[str, np.ndarray]]  # {kind: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, uint8}
 
 
-def draw_outputs(prediction: Prediction, *, task: Task, kinds: list[str]) -> dict[str, np.ndarray]:
+def draw_outputs(
+    prediction: Prediction, *, task: Task, kinds: list[str], class_names: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """The pictures of one prediction, by kind; the `DataError` of a fault.
 
     `side_by_side` shows picture, mask, and cut-out on checkers, or the overlay where no cut-outs are asked for.
@@ -321,13 +332,15 @@ def draw_outputs(prediction: Prediction, *, task: Task, kinds: list[str]) -> dic
     if isinstance(mask, Fault):
         raise DataError(mask)
     drawn = {"masks": mask}
+    if "colors" in kinds:
+        drawn["colors"] = task.colorize(mask)
     if "cutouts" in kinds and task.cut_out:
         drawn["cutouts"] = task.cut_out(frame.picture, mask)
     if "overlays" in kinds or "cutouts" not in kinds:
-        drawn["overlays"] = task.draw(frame.picture, mask)
+        drawn["overlays"] = task.draw(frame.picture, mask, class_names)
     if "side_by_side" in kinds:
         last = on_checkers(drawn["cutouts"]) if "cutouts" in drawn else drawn["overlays"]
-        drawn["side_by_side"] = np.hstack([frame.picture, cv2.cvtColor(mask, cv2.COLOR_GRAY2RGB), last])
+        drawn["side_by_side"] = np.hstack([frame.picture, task.colorize(mask), last])
     return {kind: drawn[kind] for kind in kinds}
 
 

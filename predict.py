@@ -29,7 +29,17 @@ def predict(model: Any, batch: Batch, tta: Sequence[float] = ()) -> dict[str, Te
     if not tta:
         return model.predict(batch)
     maps = [probabilities for scale in tta for probabilities in mirrored_pair(model, batch, scale)]
-    return {"logits": torch.logit(torch.stack(maps).mean(0))}
+    return {"logits": logits_of(torch.stack(maps).mean(0))}
+
+
+def probabilities_of(logits: Tensor) -> Tensor:
+    """(B, C, h, w): of something being there where there is one channel, else of classes that exclude each other."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+
+def logits_of(probabilities: Tensor) -> Tensor:
+    """What `probabilities_of` gives these probabilities for."""
+    return torch.logit(probabilities) if probabilities.shape[1] == 1 else probabilities.log()
 
 
 def mirrored_pair(model: Any, batch: Batch, scale: float) -> list[Tensor]:
@@ -40,7 +50,7 @@ def mirrored_pair(model: Any, batch: Batch, scale: float) -> list[Tensor]:
     for flips in ([], [-1]):
         logits = model.predict(Batch(scaled.flip(flips), None, batch.samples))["logits"]
         reduction = scaled.shape[-1] // logits.shape[-1]
-        maps.append(resize(logits.sigmoid().flip(flips), [side // reduction for side in size]))
+        maps.append(resize(probabilities_of(logits).flip(flips), [side // reduction for side in size]))
     return maps
 
 
@@ -69,14 +79,14 @@ def predict_tiled(
     total: Tensor | None = None
     while chunk := list(itertools.islice(places, batch_size)):
         logits = predict_tiles(np.stack([picture[y : y + height, x : x + width] for (y, _), (x, _) in chunk]))
-        probabilities = resize(logits.float().sigmoid(), tile)
+        probabilities = resize(probabilities_of(logits.float()), tile)
         if total is None:
             total = probabilities.new_zeros(probabilities.shape[1], *picture.shape[:2])
         for tile_map, ((y, down), (x, across)) in zip(probabilities, chunk, strict=True):
             weights = down.to(total.device)[:, None] * across.to(total.device)
             total[:, y : y + height, x : x + width] += tile_map * weights
     assert total is not None
-    return torch.logit(total[None].clamp(0, 1))
+    return logits_of(total[None].clamp(0, 1))
 
 
 def place_tiles(length: int, tile: int, overlap: float) -> list[tuple[int, Tensor]]:

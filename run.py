@@ -29,6 +29,7 @@ from build import (
     check_classes,
     data_table,
     load_pretrained,
+    settle_classes,
 )
 from checkpoint import CheckpointError, RunFolder, RunState, load_weights, read_json, write_text
 from config import Config, as_dict, changed, differences, from_dict, read_yaml, to_yaml
@@ -102,7 +103,11 @@ class Run:
 
     def metric(self) -> Any:
         """A fresh metric of the task."""
-        return self.task.metric(self.config.evaluation.metrics)
+        return self.task.metric(self.config.evaluation.metrics, self.class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.train_loader.dataset.reader.class_names)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -172,6 +177,7 @@ def build_run(
     torch.set_float32_matmul_precision("high")
     readers = build_readers(config, task, world, log)
     check_classes(config, readers[0].class_names)
+    settle_classes(config, task, readers[0])
     starts_anew = world.agree(not (resumed and folder.has_checkpoint()))
     raw_model = build_model(config, world, log, pretrained=starts_anew)
     train_loader, val_loader = build_loaders(config, task, world, readers, raw_model.stride)
@@ -191,7 +197,7 @@ def build_run(
         dataset_names=list(readers[0].datasets),
         raw_model=raw_model,
         model=raw_model,
-        criterion=build_criterion(config).to(world.device),
+        criterion=build_criterion(config, task, readers[0]).to(world.device),
         optimizer=optimizer,
         schedule=Schedule(
             optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch, **asdict(config.scheduler)
@@ -223,6 +229,8 @@ def build_run(
         write_text(folder.path / "run.json", json.dumps(description, indent=1))
         begin_telling(run, resumed, description["id"], callbacks)
         run.log.say(data_table({"training": readers[0], "validation": readers[1]}))
+        if table := task.data_table(readers[0]):
+            run.log.say(table)
     return run
 
 
@@ -303,7 +311,7 @@ def wrap_model(run: Run) -> nn.Module:
 
 def best_metric(config: Config, task: Task) -> str:
     """The metric that chooses best.pth; one that is not measured is a `UserError`."""
-    metric = task.metric(config.evaluation.metrics)
+    metric = task.metric(config.evaluation.metrics, [])
     name = config.checkpoint.monitor.removeprefix("val/") or metric.primary
     if name not in metric.higher_is_better:
         known = ", ".join(f"val/{key}" for key in metric.higher_is_better)

@@ -311,7 +311,7 @@ def bands(logits: Tensor, labels: Tensor) -> Iterator[Band]:
 
 
 def class_weights(
-    pixel_counts: Sequence[int], how: Literal["inverse_sqrt", "median", "enet"] = "inverse_sqrt"
+    pixel_counts: Sequence[float], how: Literal["inverse_sqrt", "median", "enet"] = "inverse_sqrt"
 ) -> list[float]:
     """A weight for each class from its pixels in the training data, by its share f of all pixels:
 

@@ -91,11 +91,13 @@ class DataSettings:
         None, "[[min width, max width], [min height, max height]] to draw training sizes from", min=32
     )
     dynamic_size_batch: int = setting(1, "draw a new size every so many batches", min=1)
+    images: str = setting("", "folder of the images of COCO .json files; empty: looked for beside them", path="file")
     normalize: Literal["imagenet", "image"] = setting(
         "imagenet", "input statistics: ImageNet's, as pretrained weights expect, or each image's own (microscopy)"
     )
     augment: list[dict] | None = setting(None, "transforms by name and arguments; null: the task's official recipe")
-    background_synthesis: float = setting(0.0, "probability of a plain synthetic background", min=0, max=1)
+    background_synthesis: float = setting(0.0, "binary: probability of a plain synthetic background", min=0, max=1)
+    mix: dict[str, float] = setting({}, "semantic: probability of cutmix, classmix for each sample", min=0, max=1)
     fold: str = setting(
         "", "k-fold split of the training sets: 0/5, fold 0 of 5 validates; all or all/5, a run for each fold",
         pattern=r"|\d+/\d+|all(/\d+)?",
@@ -129,6 +131,22 @@ class BinaryLossSettings(LossSettings):
         "logits", "structure loss input; probabilities: the official second sigmoid"
     )
     patch_iou: Literal["all", "corner"] = setting("all", "patch IoU windows; corner: the official first one alone")
+
+
+@dataclass
+class SemanticLossSettings(LossSettings):
+    """The terms of `semantic`: ce, dice, focal, lovasz, ohem."""
+
+    weights: dict[str, float] = setting({"ce": 1.0}, "weight of each term by name", min=0)
+    class_weights: Literal["none", "inverse_sqrt", "median", "enet"] = setting(
+        "none", "weight of each class in ce, focal and ohem, from how common it is in the training data"
+    )
+    label_smoothing: float = setting(0.0, "share of the truth that ce spreads over all classes", min=0, max=0.99)
+    focal_gamma: float = setting(2.0, "focal: how little easy pixels count", min=0)
+    ohem_threshold: float = setting(
+        0.7, "ohem: pixels whose class is less probable than this are hard", min=0.01, max=1
+    )
+    ohem_min_kept: float = setting(0.0625, "ohem: so large a share of the pixels is hard in any case", min=0, max=1)
 
 
 @dataclass
@@ -230,6 +248,9 @@ class LoggingSettings:
     red_below_jaccard: float = setting(0.95, "a line is red when the Jaccard index is below", volatile=True)
     green_above_bce_accuracy: float = setting(0.999, "green when the BCE accuracy is above", volatile=True)
     cyan_above_dice: float = setting(0.985, "cyan when Dice is above this as well", volatile=True)
+    red_below_miou: float = setting(0.3, "semantic: red when mIoU is below", volatile=True)
+    green_above_accuracy: float = setting(0.9, "semantic: green when the pixel accuracy is above", volatile=True)
+    cyan_above_miou: float = setting(0.7, "semantic: cyan when mIoU is above this as well", volatile=True)
 
 
 @dataclass
@@ -289,7 +310,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 # The loss section of each task.
-TASK_SETTINGS: dict[str, type[LossSettings]] = {"binary": BinaryLossSettings}
+TASK_SETTINGS: dict[str, type[LossSettings]] = {"binary": BinaryLossSettings, "semantic": SemanticLossSettings}
 
 
 @dataclass
@@ -366,6 +387,7 @@ class InferenceSettings:
     tile: bool = setting(False, "predict at the picture's own resolution, in tiles of the model's input size")
     overlap: float = setting(0.25, "how much of a tile's side its neighbour shares, at least", min=0, max=0.9)
     cutout: bool = setting(False, "write cutouts/<name>.png: the object in its own colours, transparent around it")
+    colors: bool = setting(True, "class masks in colours (PASCAL VOC's) beside the class ids; binary has none")
     overlay: bool = setting(True, "write overlays/<name>.jpg; --no-overlay: none")
     side_by_side: bool = setting(False, "write side_by_side/<name>.jpg: picture, mask, and cut-out or overlay")
     num_workers: int = setting(-1, "decoding threads; -1: cores, at most 8", min=-1)

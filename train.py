@@ -239,7 +239,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> None:
             if world.size > 1:  # and waits for the gradient of every head, also of one that no term trains
                 whole = whole + sum(0.0 * tensor.sum() for tensor in tensors_in(outputs))
             run.scaler.scale(whole).backward()
-        scores = run.task.metric().batch_scores(outputs, batch)
+        scores = run.task.batch_scores(outputs, batch)
         names, values = step_values(run, losses, loss, scores, batch)
         sums.append(values)
     values = world.sum_(torch.stack(sums).sum(0))
@@ -519,7 +519,7 @@ def model_meta(run: Run) -> dict[str, Any]:
         "task": config.task,
         "size": list(config.data.size),
         "normalize": config.data.normalize,
-        "class_names": list(run.train_loader.dataset.reader.class_names),
+        "class_names": run.class_names,
         "experiment_name": config.experiment_name,
         "config": as_dict(config),
     }

@@ -81,9 +81,10 @@ class BinaryMetric(StreamingMetric):
     @staticmethod
     @torch.no_grad()
     def batch_scores(outputs: Mapping[str, Any], batch: Any) -> dict[str, Tensor]:
-        """Batch means of the scores of `outputs["logits"]` (B, 1, H, W) at the model's size: 0-dim, on the device."""
-        probabilities = outputs["logits"].float().sigmoid().squeeze(1)
-        scores = binary_scores(probabilities, batch.targets.masks.squeeze(1))
+        """Batch means of the scores of `outputs["logits"]` (B, 1, h, w) at the masks' size: 0-dim, on the device."""
+        masks = batch.targets.masks.squeeze(1)
+        probabilities = resize(outputs["logits"].float().sigmoid(), (masks.shape[-2], masks.shape[-1])).squeeze(1)
+        scores = binary_scores(probabilities, masks)
         return {name: score.mean() for name, score in scores.items()}
 
     @torch.no_grad()
@@ -100,9 +101,9 @@ class BinaryMetric(StreamingMetric):
             prediction = probabilities[index : index + 1]
             if originals:
                 target = originals[index].to(prediction.device, non_blocking=True)[None].float() / 255
-                prediction = resize(prediction, (target.shape[-2], target.shape[-1]))
             else:
                 target = batch.targets.masks[index]
+            prediction = resize(prediction, (target.shape[-2], target.shape[-1]))
             scores.append(binary_scores(prediction.squeeze(1), target))
             if self.names:
                 truth = target[0].mul(255).round().byte().cpu().numpy()

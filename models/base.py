@@ -185,6 +185,10 @@ class Model(nn.Module):
         """The table between official keys and this model's."""
         return [("", "")]
 
+    def official_part(self, key: str, tensor: Tensor) -> Tensor:
+        """The part, as a view, of one of this model's tensors that an official key names; nearly all name a whole."""
+        return tensor
+
     def ignores(self, key: str) -> bool:
         """Whether an official key that this variant has no place for is known to be of no use to it."""
         return False
@@ -202,14 +206,14 @@ class Model(nn.Module):
         ours = self.state_dict()
         report = LoadReport()
         for official, name in key_pairs(ours, table).items():
-            tensor = theirs.get(official)
+            tensor, own = theirs.get(official), self.official_part(official, ours[name])
             if tensor is None:
-                if ours[name].is_floating_point():
+                if own.is_floating_point():
                     report.missing.append(official)
-            elif tensor.shape != ours[name].shape:
-                report.reshaped[official] = (tuple(tensor.shape), tuple(ours[name].shape))
+            elif tensor.shape != own.shape:
+                report.reshaped[official] = (tuple(tensor.shape), tuple(own.shape))
             else:
-                ours[name].copy_(tensor)
+                own.copy_(tensor)
                 report.loaded.append(official)
         known = {*report.loaded, *report.reshaped}
         for key in theirs:
@@ -219,8 +223,12 @@ class Model(nn.Module):
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """This model's weights under the official keys, in the official order."""
+        return self.save_tensors(self.official_keys())
+
+    def save_tensors(self, table: KeyTable) -> dict[str, Tensor]:
+        """The weights under the names that the table gives them, in its order."""
         ours = self.state_dict()
-        return {official: ours[name] for official, name in key_pairs(ours, self.official_keys()).items()}
+        return {key: self.official_part(key, ours[name]) for key, name in key_pairs(ours, table).items()}
 
 
 class Logits(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from errors import UserError, nearest
 from models.backbones import block_depths
 from models.backbones.library import mix_transformer
-from models.base import KeyTable, LoadReport, Logits, Model, key_pairs, unwrap
+from models.base import KeyTable, LoadReport, Logits, Model, unwrap
 
 SHORTEST_SIDE = 29  # of an image: below it the first stage's map is smaller than the patches of its keys
 
@@ -121,8 +121,14 @@ class SegFormer(Model):
     # --- official checkpoints -------------------------------------------------------------------------------------
 
     def official_keys(self) -> KeyTable:
-        """Of the Hugging Face layout as its files have it, with key and value joined (`join_key_value`)."""
+        """Of Hugging Face's layout, as it is in files."""
         return hugging_face_keys(VARIANTS[self.variant].depths)
+
+    def official_part(self, key: str, tensor: Tensor) -> Tensor:
+        """Hugging Face keeps keys and values apart, which are the two halves of one matrix here."""
+        if ".self.key." in key:
+            return tensor.chunk(2)[0]
+        return tensor.chunk(2)[1] if ".self.value." in key else tensor
 
     def ignores(self, key: str) -> bool:
         """A head that NVlabs' code declares and never uses, and the ImageNet classifiers of encoders."""
@@ -135,7 +141,7 @@ class SegFormer(Model):
             report = self.load_tensors(with_backbone(theirs), nvlabs_keys(self.backbone.official_keys()))
             origin, eps = "NVlabs", NVLABS_EPS
         else:
-            report = split_names(self.load_tensors(join_key_value(theirs), self.official_keys()))
+            report = self.load_tensors(theirs, self.official_keys())
             origin, eps = "Hugging Face", HUGGING_FACE_EPS
         if report.loaded and eps != self.norm_eps:
             report.notes.append(
@@ -151,12 +157,9 @@ class SegFormer(Model):
 
     def official_state_dict(self, layout: str = "huggingface") -> dict[str, Tensor]:
         """This model's weights under the official keys, in the official order; `layout`: "huggingface" or "nvlabs"."""
-        ours = self.state_dict()
         if layout == "nvlabs":
-            pairs = key_pairs(ours, nvlabs_keys(self.backbone.official_keys()))
-            return {official: ours[name] for official, name in pairs.items()}
-        pairs = key_pairs(ours, self.official_keys())
-        return split_key_value({official: ours[name] for official, name in pairs.items()})
+            return self.save_tensors(nvlabs_keys(self.backbone.official_keys()))
+        return self.save_tensors(self.official_keys())
 
     @staticmethod
     def infer_settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,8 +223,6 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
-JOINED = ".key_value."
-
 
 def is_nvlabs(tensors: Iterable[str]) -> bool:
     """Whether the names are those of NVlabs' code, of a whole model or of an encoder."""
@@ -232,38 +233,6 @@ def with_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """NVlabs' names as in whole models: those of encoders alone lack `backbone.`."""
     parts = ("patch_embed", "block", "norm")
     return {f"backbone.{key}" if key.startswith(parts) else key: tensor for key, tensor in tensors.items()}
-
-
-def join_key_value(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's tensors with `key` and `value` of an attention as one `key_value`, as this model has them."""
-    joined = {}
-    for name, tensor in tensors.items():
-        value = tensors.get(name.replace(".self.key.", ".self.value."))
-        if ".self.key." in name and value is not None:
-            joined[name.replace(".key.", JOINED)] = torch.cat([tensor, value])
-        elif ".self.value." not in name:
-            joined[name] = tensor
-    return joined
-
-
-def split_key_value(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `join_key_value`."""
-    split = {}
-    for name, tensor in tensors.items():
-        for part, piece in zip(_parts(name), tensor.chunk(len(_parts(name))), strict=True):
-            split[part] = piece
-    return split
-
-
-def split_names(report: LoadReport) -> LoadReport:
-    """The report with Hugging Face's own names in place of joined ones."""
-    for names in (report.loaded, report.missing):
-        names[:] = [part for name in names for part in _parts(name)]
-    return report
-
-
-def _parts(name: str) -> list[str]:
-    return [name.replace(JOINED, f".{part}.") for part in ("key", "value")] if JOINED in name else [name]
 
 
 def hugging_face_keys(depths: tuple[int, ...]) -> KeyTable:
@@ -289,7 +258,8 @@ def hugging_face_keys(depths: tuple[int, ...]) -> KeyTable:
 BLOCK_KEYS: KeyTable = [
     ("layer_norm_1", "norm1"),
     ("attention.self.query", "attn.q"),
-    ("attention.self.key_value", "attn.kv"),
+    ("attention.self.key", "attn.kv"),
+    ("attention.self.value", "attn.kv"),
     ("attention.self.sr", "attn.sr"),
     ("attention.self.layer_norm", "attn.norm"),
     ("attention.output.dense", "attn.proj"),

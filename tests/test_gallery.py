@@ -17,7 +17,7 @@ from gallery import SIDE, Gallery, picture_size
 from metrics import Row
 from readers import BinaryFolders
 from samples import Batch, SampleInfo
-from tasks import binary_masks, binary_panels
+from tasks.binary import binary_masks, binary_panels
 from tests.helpers import draw_set
 from utils import World
 

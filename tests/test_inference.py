@@ -112,7 +112,7 @@ def test_every_kind_of_output_keeps_names_folders_and_sizes(infer: Command, mode
         assert off_by(mask, in_bytes(expected_probabilities(model, image))) <= 1, name
         assert mask.max() - mask.min() > 100, name  # else all of this would say little
         assert (cut == np.dstack([estimate_foreground(image, mask), mask])).all(), name
-        assert difference(overlay, get_task("binary").draw(image, mask)) < 8, name
+        assert difference(overlay, get_task("binary").draw(image, mask, [])) < 8, name
         assert beside.shape == (height, 3 * width, 3), name
         assert difference(beside[:, :width], image) < 8, name
         assert difference(beside[:, width : 2 * width], mask[..., None]) < 8, name
@@ -123,7 +123,7 @@ def test_every_kind_of_output_keeps_names_folders_and_sizes(infer: Command, mode
 def test_overlay_shows_the_object_and_darkens_the_ground() -> None:
     image, alpha = np.full((6, 8, 3), 200, np.uint8), np.zeros((6, 8), np.uint8)
     alpha[:, 4:], alpha[:, 3] = 255, 128
-    drawn = get_task("binary").draw(image, alpha).astype(int)
+    drawn = get_task("binary").draw(image, alpha, []).astype(int)
     assert (drawn[:, 4:] == 200).all()
     assert drawn[:, :3].max() < 140
     assert np.abs(drawn[:, 3] - (drawn[:, 0] + 200) / 2).max() <= 1
@@ -144,7 +144,7 @@ def test_side_by_side_without_cut_outs_ends_with_the_overlay(infer: Command, tmp
     save(tmp_path / "a.png", image)
     assert infer("--input", tmp_path / "a.png", "--side_by_side", "--no-overlay") == 0
     assert files_below(tmp_path / "out") == {"masks/a.png", "side_by_side/a.jpg"}
-    overlay = get_task("binary").draw(image, read(tmp_path / "out/masks/a.png"))
+    overlay = get_task("binary").draw(image, read(tmp_path / "out/masks/a.png"), [])
     assert difference(read(tmp_path / "out/side_by_side/a.jpg")[:, 140:], overlay) < 8
 
 

@@ -21,7 +21,7 @@ from metrics.pair import Pair
 from metrics.saliency import s_measure, s_measure_birefnet, weighted_f
 from metrics.scores import GROUPS, SCORES, field_scores
 from metrics.skeleton import skeleton
-from tasks import binary_masks
+from tasks.binary import binary_masks
 
 NAMES = {"jaccard", "dice", "iou", "bce_accuracy", "ssim", "mae"}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from predict import place_tiles, predict, predict_tiled
+from predict import place_tiles, predict, predict_tiled, probabilities_of
 from samples import Batch
 
 Answer = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, C, h, w)
@@ -117,17 +117,19 @@ def tiled(answer: Answer, picture: np.ndarray, overlap: float = 0.25, batch_size
         return answer(torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255)
 
     logits = predict_tiled(predict_tiles, picture, tile=(48, 32), overlap=overlap, batch_size=batch_size)
-    return logits[0].sigmoid()
+    return probabilities_of(logits)[0]
 
 
+@pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("size", [(48, 32), (49, 32), (48, 33), (97, 101), (48, 200), (131, 64)])
-def test_what_does_not_depend_on_position_is_the_same_untiled(size: tuple[int, int]) -> None:
+def test_what_does_not_depend_on_position_is_the_same_untiled(size: tuple[int, int], channels: int) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
 
     def answer(images: Tensor) -> Tensor:
-        return torch.cat([4 * images[:, :1] - 2, images[:, 1:2] - images[:, 2:]], 1)
+        return torch.cat([4 * images[:, :1] - 2, images[:, 1:2] - images[:, 2:]], 1)[:, :channels]
 
-    whole = answer(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255)[0].sigmoid()
+    logits = answer(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255)[0]
+    whole = logits.sigmoid() if channels == 1 else logits.softmax(0)  # classes exclude each other
     for overlap in (0.0, 0.25, 0.6):
         assert (tiled(answer, picture, overlap) - whole).abs().max() < 1e-6
 

@@ -17,7 +17,8 @@ import pytest
 
 import tracking
 from settings import LoggingSettings
-from tasks import binary_color, get_task
+from tasks import get_task
+from tasks.binary import binary_color
 from tracking import (
     Console,
     Event,

@@ -1,0 +1,19 @@
+"""The tasks, a row each: how samples are read, become targets and batches, are scored and are drawn."""
+
+from __future__ import annotations
+
+from errors import UserError, nearest
+from tasks.base import Task
+from tasks.binary import BINARY
+from tasks.semantic import SEMANTIC
+
+__all__ = ["TASKS", "Task", "get_task"]
+
+TASKS = {task.name: task for task in (BINARY, SEMANTIC)}
+
+
+def get_task(name: str) -> Task:
+    """The row of a task; an unknown name is a `UserError`."""
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}")
+    return TASKS[name]

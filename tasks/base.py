@@ -1,0 +1,46 @@
+"""What a task is to the programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from readers import Reader
+from samples import Sample, Size
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that the programs ask a task for."""
+
+    name: str
+    layout: str  # of a data set, in words
+    reader: Callable[..., Reader]  # (spec, root=, class_names=, images=) -> Reader
+    data_table: Callable[[Reader], str]  # what the data holds beside the counts, as a checked reader knows; or nothing
+    make_target: Callable[[Sample, Sample | None], Any]
+    collate_targets: Callable[[list[Any]], Any]
+    num_classes: Callable[[Reader], int]  # of a model for the data, where it has such a setting
+    loss_settings: Callable[[Mapping[str, Any], Reader], dict[str, Any]]  # (loss settings, training data) -> arguments
+    metric: Callable[[Sequence[str], Sequence[str]], Any]  # (names beside its own, class names) -> metric
+    batch_scores: Callable[[Mapping[str, Any], Any], dict[str, Tensor]]  # (outputs, batch) -> 0-dim, on the device
+    augment: list[dict[str, Any]]  # the official recipe
+    mixes: tuple[str, ...]  # ways in which the samples of a batch may be mixed
+    console: list[tuple[str, str]]  # (short name in the console line, metric)
+    color: Callable[[dict[str, float], Any], str]  # (batch scores, logging settings) -> colour of the line
+    masks: Callable[[dict[str, Tensor], list[Size]], Iterator[np.ndarray]]  # (predictions, original sizes) -> to save
+    colorize: Callable[[np.ndarray], np.ndarray]  # mask -> what people see of it, (H, W, 3)
+    has_colors: bool  # whether that says more than the mask itself
+    draw: Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]  # (image, mask, class names) -> picture
+    cut_out: Callable[[np.ndarray, np.ndarray], np.ndarray] | None  # (image, mask) -> RGBA, where masks are alpha
+    panels: Callable[[np.ndarray, Any, Any], dict[str, np.ndarray]]  # (image, a sample's masks, mask) -> pictures
+    write_demo: Callable[[Path], Path]  # draws the demo data into a folder with train/ and val/
+    test_metrics: tuple[str, ...] = ()  # what evaluate.py measures beside the task's own where nothing is chosen
+
+    def demo_root(self) -> str:
+        """The folder of the demo data, drawn where it is not there yet."""
+        return str(self.write_demo(Path("data") / f"demo_{self.name}"))
