@@ -50,7 +50,6 @@ PAUSE = 30  # seconds between two pages of a run that goes on
 QUIET = 600  # seconds without a record, after which nobody can say that a run goes on
 EVENTS = 40  # shown, the last ones
 JPEG_QUALITY = 88
-PANEL_NOTES = {"error": "blue is what was missed, orange what was found where nothing is"}
 
 Row = dict[str, Any]
 
@@ -104,6 +103,7 @@ def write_validation(run_dir: Path, record: ValidationRecord) -> None:
     pictures = run_dir / "pictures"
     pictures.mkdir(exist_ok=True)
     best, worst = ([_write_pictures(pictures, each) for each in ranked] for ranked in (record.best, record.worst))
+    figures = {title: _write_picture(pictures, pixels, ".png") for title, pixels in record.figures.items()}
     content = {
         "epoch": record.epoch,
         "step": record.step,
@@ -118,28 +118,34 @@ def write_validation(run_dir: Path, record: ValidationRecord) -> None:
         ],
         "best": best,
         "worst": worst,
+        "panel_notes": record.panel_notes,
+        "per_class": record.per_class,
+        "figures": figures,
     }
     write_text(run_dir / "validation.json", json.dumps(_plain(content), allow_nan=False) + "\n")
-    used = {name for sample in (*best, *worst) for name in sample["panels"].values()}
+    used = {*figures.values(), *(name for sample in (*best, *worst) for name in sample["panels"].values())}
     for file in pictures.iterdir():
         if f"pictures/{file.name}" not in used:
             file.unlink()
 
 
 def _write_pictures(folder: Path, picture: Picture) -> Row:
-    panels = {}
-    for name, pixels in picture.panels.items():
-        _, encoded = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-        file = folder / f"{hashlib.sha256(encoded.tobytes()).hexdigest()[:20]}.jpg"
-        write_bytes(file, encoded.tobytes())
-        panels[name] = f"pictures/{file.name}"
     return {
         "dataset": picture.dataset,
         "sample_id": picture.sample_id,
         "path": picture.path,
         "score": picture.score,
-        "panels": panels,
+        "panels": {name: _write_picture(folder, pixels, ".jpg") for name, pixels in picture.panels.items()},
     }
+
+
+def _write_picture(folder: Path, pixels: np.ndarray, suffix: str) -> str:
+    """Write (H, W, 3) uint8 RGB under the digest of its content; returns its path in the run folder."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if suffix == ".jpg" else []
+    _, encoded = cv2.imencode(suffix, pixels[..., ::-1], options)
+    file = folder / f"{hashlib.sha256(encoded.tobytes()).hexdigest()[:20]}{suffix}"
+    write_bytes(file, encoded.tobytes())
+    return f"pictures/{file.name}"
 
 
 def _plain(value: Any) -> Any:
@@ -474,7 +480,7 @@ def time_chart(run: RunFiles, marks: Marks) -> str:
 
 def last_validation(run: RunFiles) -> str:
     """The last validation: how its samples are spread, what each data set reached, and every metric."""
-    parts = "".join((distribution(run), metric_table(run), dataset_table(run)))
+    parts = "".join((distribution(run), metric_table(run), dataset_table(run), class_table(run), figures(run)))
     return f'{heading("Validation")}<div class="beside">{parts}</div>' if parts else ""
 
 
@@ -526,13 +532,35 @@ def dataset_table(run: RunFiles) -> str:
     return f"<div><h3>By data set, at {place(run.validation)}</h3>{shown}</div>"
 
 
+def class_table(run: RunFiles) -> str:
+    """The scores of each class, the worst first: those are the ones to look into."""
+    classes = run.validation.get("per_class", [])
+    if not classes:
+        return ""
+    names = [name for name in classes[0] if name != "name"]
+    ranked = sorted(classes, key=lambda row: math.inf if row[names[0]] is None else row[names[0]])
+    rows = [[str(row["name"]), *(decimal(row[name]) for name in names)] for row in ranked]
+    shown = table(["class", *names], rows, numbers=range(1, len(names) + 1))
+    return f"<div><h3>By class, at {place(run.validation)}</h3>{shown}</div>"
+
+
+def figures(run: RunFiles) -> str:
+    """Pictures of all samples together."""
+    drawn = run.validation.get("figures", {})
+    parts = []
+    for title, file in drawn.items():
+        shown = f'<div class="scroll">{picture(run, title, file)}</div>'
+        parts.append(f"<div><h3>{escape(title[:1].upper() + title[1:])}</h3>{shown}</div>")
+    return "".join(parts)
+
+
 def samples(run: RunFiles) -> str:
     """The best and the worst of the last validation; a click enlarges one."""
     ranked = {which: run.validation[which] for which in ("best", "worst") if run.validation.get(which)}
     if not ranked:
         return ""
     drawn = {panel for rank in ranked.values() for sample in rank for panel in sample["panels"]}
-    notes = [f'<p class="note">{name}: {words}</p>' for name, words in PANEL_NOTES.items() if name in drawn]
+    notes = [f'<p class="note">{name}: {words}</p>' for name, words in panel_notes(run).items() if name in drawn]
     lists = [sample_list(run, which) for which in ranked]
     return f'{heading("Samples")}{"".join(notes)}<div class="samples">{"".join(lists)}</div>'
 
@@ -556,14 +584,21 @@ def sample_item(run: RunFiles, rank: int, sample: Row) -> str:
     )
 
 
-def picture(run: RunFiles, panel: str, file: str, sample: str) -> str:
+def picture(run: RunFiles, panel: str, file: str, sample: str = "") -> str:
     """One panel as a data URI. Only what lies in `pictures/` is read, whatever the index says."""
     path = run.run_dir / "pictures" / Path(file).name
     if not path.is_file():
         return f'<span class="absent">{escape(panel)} is missing</span>'
     data = base64.b64encode(path.read_bytes()).decode()
-    caption = escape(": ".join(word for word in (panel, PANEL_NOTES.get(panel)) if word))
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{escape(panel)} of {sample}" data-panel="{caption}">'
+    caption = escape(": ".join(word for word in (panel, panel_notes(run).get(panel)) if word))
+    kind = "png" if path.suffix == ".png" else "jpeg"
+    words = f"{escape(panel)} of {sample}" if sample else escape(panel)
+    return f'<img src="data:image/{kind};base64,{data}" alt="{words}" data-panel="{caption}">'
+
+
+def panel_notes(run: RunFiles) -> dict[str, str]:
+    """What the colours of a panel mean."""
+    return {str(name): str(words) for name, words in run.validation.get("panel_notes", {}).items()}
 
 
 def happened(run: RunFiles) -> str:

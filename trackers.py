@@ -62,7 +62,7 @@ class Trackers(Callback):
         scores = [score for row in record.rows if math.isfinite(score := row["scores"][record.primary])]
         if scores:
             self._tell("histogram", kind, record.step, {f"val/{record.primary} of each sample": scores})
-        if pictures := [*named("best", record.best), *named("worst", record.worst)]:
+        if pictures := [*named("best", record.best), *named("worst", record.worst), *figures(record)]:
             self._tell("pictures", kind, record.step, pictures)
 
     def on_event(self, event: Event) -> None:
@@ -97,6 +97,12 @@ def named(which: str, pictures: list[Picture]) -> Iterator[tuple[str, str, np.nd
     for rank, picture in enumerate(pictures, 1):
         caption = f"{picture.dataset}/{picture.sample_id} {picture.score:.4f}"
         yield f"{which}/{rank:02d}", caption, np.concatenate(list(picture.panels.values()), axis=1)
+
+
+def figures(record: ValidationRecord) -> Iterator[tuple[str, str, np.ndarray]]:
+    """The same of the pictures of all samples together."""
+    for title, picture in record.figures.items():
+        yield f"figures/{title.replace(' ', '_')}", title, picture
 
 
 class Background:

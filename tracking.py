@@ -86,6 +86,9 @@ class ValidationRecord:
     is_base: bool = False
     best: list[Picture] = field(default_factory=list)
     worst: list[Picture] = field(default_factory=list)
+    panel_notes: dict[str, str] = field(default_factory=dict)  # what the colours of a picture's panels mean
+    per_class: list[dict[str, Any]] = field(default_factory=list)  # `name` and scores, where the task has classes
+    figures: dict[str, Any] = field(default_factory=dict)  # (H, W, 3) uint8 RGB by title
 
 
 @dataclass

@@ -436,6 +436,9 @@ def tell_validation(run: Run, metric: Any, values: dict[str, float], gallery: Ga
         base={} if flags.get("is_base") else state.base,
         best=best,
         worst=worst,
+        panel_notes=run.task.panel_notes,
+        per_class=metric.per_class(),
+        figures=metric.figures() if run.callbacks else {},
         **flags,
     )
     for callback in run.callbacks:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -82,6 +83,14 @@ class StreamingMetric:
         """How many samples have no such score, of the scores that some lack."""
         counts = {name: sum(math.isnan(row.scores[name]) for row in self.rows) for name in sorted(self.maybe_undefined)}
         return {name: count for name, count in counts.items() if count}
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """`name` and scores of each class over all rows, where the task has classes."""
+        return []
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """Pictures of all rows together, (H, W, 3) uint8 RGB by title."""
+        return {}
 
     def worst(self, count: int, name: str = "") -> list[Row]:
         """The samples with the worst `name`, by default the primary score, the worst first; NaN is worse than all."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from confusion import draw_confusion
 from errors import UserError, nearest
 from maps import argmax_at
 from metrics.base import Row, StreamingMetric
@@ -173,6 +174,10 @@ class SemanticMetric(StreamingMetric):
         columns = [class_iou(areas), class_accuracy(areas), class_dice(areas), areas[1] / areas[1].sum()]
         rows = zip(self.class_names, *(column.tolist() for column in columns), strict=True)
         return [dict(zip(("name", "iou", "accuracy", "dice", "share"), row, strict=True)) for row in rows]
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """The confusion matrix."""
+        return {"confusion matrix": draw_confusion(self.confusion(), self.class_names)}
 
     def _add(self, confusion: Tensor, dataset: str, sample_id: str, path: str) -> None:
         """A row from one sample's (C, C) confusion matrix on the host."""

@@ -38,6 +38,7 @@ class Task:
     draw: Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]  # (image, mask, class names) -> picture
     cut_out: Callable[[np.ndarray, np.ndarray], np.ndarray] | None  # (image, mask) -> RGBA, where masks are alpha
     panels: Callable[[np.ndarray, Any, Any], dict[str, np.ndarray]]  # (image, a sample's masks, mask) -> pictures
+    panel_notes: dict[str, str]  # what the colours of a panel mean
     write_demo: Callable[[Path], Path]  # draws the demo data into a folder with train/ and val/
     test_metrics: tuple[str, ...] = ()  # what evaluate.py measures beside the task's own where nothing is chosen
 

@@ -94,6 +94,7 @@ BINARY = Task(
     draw=lambda image, alpha, class_names: draw_binary(image, alpha),
     cut_out=cut_out,
     panels=binary_panels,
+    panel_notes={"error": "blue is what was missed, orange what was found where nothing is"},
     write_demo=write_demo,
     test_metrics=("standard",),
 )

@@ -114,5 +114,6 @@ SEMANTIC = Task(
     draw=draw_semantic,
     cut_out=None,
     panels=semantic_panels,
+    panel_notes={"error": "green is right, red is wrong, dark is ignored"},
     write_demo=write_semantic_demo,
 )

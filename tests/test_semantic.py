@@ -75,6 +75,9 @@ def test_a_run_learns_is_scored_and_predicts(data: Path, tmp_path: Path, monkeyp
         assert f"{name} " in told  # the table of classes with their shares
     page = (run / "report.html").read_text()
     assert "mean_accuracy" in page
+    assert "By class, at epoch 30" in page
+    assert 'alt="confusion matrix"' in page
+    assert "green is right, red is wrong" in page
     assert page.count("data:image/jpeg;base64,") >= 3 * 2 * 4
     assert checkpoint.load(run / "best.pth")["meta"]["settings"]["num_classes"] == 3
 
