@@ -41,6 +41,7 @@ TINY = [
     "--model.squeeze_block", "BasicDecBlk_x1", *SMALL,
 ]  # fmt: skip
 TOY = ["--model.family", "toy", *SMALL]
+SEGFORMER = ["--model.family", "segformer", *SMALL]
 
 
 @dataclass
@@ -76,6 +77,27 @@ def draw_set(folder: Path, count: int, seed: int = 0) -> Path:
         image = ground * (1 - alpha[..., None]) + generator.uniform(120, 255, 3) * alpha[..., None]
         Image.fromarray(image.astype(np.uint8)).save(folder / "im" / f"{number:02d}.png")
         Image.fromarray((alpha * 255).astype(np.uint8)).save(folder / "gt" / f"{number:02d}.png")
+    return folder
+
+
+def draw_label_set(folder: Path, count: int, seed: int = 0) -> Path:
+    """A data set of three classes, 80x96: a bright disc and a dark bar on grey noise, the disc's rim ignored."""
+    generator = np.random.default_rng(seed)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:80, :96]
+    for number in range(count):
+        labels = np.zeros((80, 96), np.uint8)
+        distance = np.hypot(y - generator.uniform(25, 55), x - generator.uniform(25, 70))
+        labels[distance < 21] = 255
+        labels[distance < 18] = 1
+        top = int(generator.integers(0, 70))
+        labels[top : top + 8][labels[top : top + 8] == 0] = 2
+        colors = np.array([[110, 110, 110], [240, 210, 60], [20, 30, 90]])[np.where(labels == 255, 0, labels)]
+        image = np.clip(colors + generator.normal(0, 12, colors.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / "images" / f"{number:02d}.png")
+        Image.fromarray(labels).save(folder / "masks" / f"{number:02d}.png")
+    (folder / "classes.txt").write_text("ground\ndisc\nbar")
     return folder
 
 

@@ -17,10 +17,19 @@ from colors import palette
 from errors import UserError
 from tasks import get_task
 from tasks.semantic import draw_semantic, semantic_panels
-from tests.helpers import SMALL, assert_same_run, draw_set, flags_for, in_process, records, run_script
+from tests.helpers import (
+    SEGFORMER,
+    SMALL,
+    assert_same_run,
+    draw_label_set,
+    draw_set,
+    flags_for,
+    in_process,
+    records,
+    run_script,
+)
 from tracking import Callback, StepRecord
 
-MODEL = ["--model.family", "segformer", *SMALL]
 FEW = [
     "--batch_size",
     "4",
@@ -36,30 +45,14 @@ CLASSES = ["ground", "disc", "bar"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bright discs and dark bars on grey noise; a ring around the discs is ignored."""
     folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 3)):
-        for kind in ("images", "masks"):
-            (folder / part / kind).mkdir(parents=True)
-        for number in range(count):
-            y, x = np.mgrid[:80, :96]
-            labels = np.zeros((80, 96), np.uint8)
-            distance = np.hypot(y - generator.uniform(25, 55), x - generator.uniform(25, 70))
-            labels[distance < 21] = 255
-            labels[distance < 18] = 1
-            top = int(generator.integers(0, 70))
-            labels[top : top + 8][labels[top : top + 8] == 0] = 2
-            colors = np.array([[110, 110, 110], [240, 210, 60], [20, 30, 90]])[np.where(labels == 255, 0, labels)]
-            image = np.clip(colors + generator.normal(0, 12, colors.shape), 0, 255).astype(np.uint8)
-            Image.fromarray(image).save(folder / part / "images" / f"{number}.png")
-            Image.fromarray(labels).save(folder / part / "masks" / f"{number}.png")
-    (folder / "classes.txt").write_text("\n".join(CLASSES))
+    draw_label_set(folder / "train", 8)
+    draw_label_set(folder / "val", 3, seed=1)
     return folder
 
 
 def flags(data: Path, runs: Path, name: str, *more: str) -> list[str]:
-    return flags_for(data, runs, name, *FEW, "--data.augment", "[]", *more, model=MODEL)
+    return flags_for(data, runs, name, *FEW, "--data.augment", "[]", *more, model=SEGFORMER)
 
 
 def test_a_run_learns_is_scored_and_predicts(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,13 +93,13 @@ def test_a_run_learns_is_scored_and_predicts(data: Path, tmp_path: Path, monkeyp
         assert code == 0, err
         hits = []
         for number in range(3):
-            labels = np.array(Image.open(output / "masks" / f"{number}.png"))
-            truth = np.array(Image.open(data / "val/masks" / f"{number}.png"))
+            labels = np.array(Image.open(output / "masks" / f"{number:02d}.png"))
+            truth = np.array(Image.open(data / "val/masks" / f"{number:02d}.png"))
             assert labels.shape == truth.shape
             assert labels.max() <= 2
             hits.append((labels == truth)[truth != 255].mean())
-            assert (np.array(Image.open(output / "colors" / f"{number}.png")) == palette()[labels]).all()
-            assert Image.open(output / "overlays" / f"{number}.jpg").size == (96, 80)
+            assert (np.array(Image.open(output / "colors" / f"{number:02d}.png")) == palette()[labels]).all()
+            assert Image.open(output / "overlays" / f"{number:02d}.jpg").size == (96, 80)
         if not more:
             assert np.mean(hits) == pytest.approx(float(row["accuracy"]), abs=0.02)
         assert np.mean(hits) > 0.7, more
@@ -131,7 +124,7 @@ def test_the_other_task_of_the_family(tmp_path: Path) -> None:
     draw_set(tmp_path / "train", 4)
     draw_set(tmp_path / "val", 2, seed=1)
     scores = in_process(*flags_for(tmp_path, tmp_path, "b", "--task", "binary", "--batch_size", "4", "--epochs", "2",
-                                   "--logging.log_frequency", "1", model=MODEL))  # fmt: skip
+                                   "--logging.log_frequency", "1", model=SEGFORMER))  # fmt: skip
     assert 0 < scores["jaccard"] < 1
     assert checkpoint.load(tmp_path / "b" / "last.pth")["meta"]["settings"]["num_classes"] == 1
 
