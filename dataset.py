@@ -356,6 +356,8 @@ def collate_binary(items: Sequence[BinaryItem]) -> BinaryTarget:
 class SemanticItem:
     labels: np.ndarray  # (H, W) uint8 at the model's size
     original: np.ndarray | None  # (h, w) uint8 at the sample's own size, in evaluation
+    blended: np.ndarray | None = None  # labels of the picture that was blended in
+    share: float = 1.0  # of the sample's own picture, the same in a whole batch
 
 
 def semantic_target(sample: Sample, original: Sample | None) -> SemanticItem:
@@ -365,7 +367,10 @@ def semantic_target(sample: Sample, original: Sample | None) -> SemanticItem:
 
 def collate_semantic(items: Sequence[SemanticItem]) -> SemanticTarget:
     """Labels as uint8 (B, H, W); see `SemanticTarget`."""
+    blended = [item.blended for item in items if item.blended is not None]
     return SemanticTarget(
         labels=torch.from_numpy(np.stack([item.labels for item in items])),
         originals=[torch.from_numpy(item.original) for item in items if item.original is not None],
+        blended=torch.from_numpy(np.stack(blended)) if blended else None,
+        share=items[0].share,
     )

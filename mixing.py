@@ -1,4 +1,4 @@
-"""Mixing the samples of a batch: CutMix and ClassMix for label maps.
+"""Mixing the samples of a batch: CutMix, ClassMix and MixUp for label maps.
 
 A batch is mixed where it is collated, in the worker, when its pictures are still bytes at the model's size. What
 happens to a sample is drawn from its own key, its partner is the next sample of the batch: so it is a pure function of
@@ -17,11 +17,15 @@ import numpy as np
 from errors import UserError, nearest
 from samples import IGNORED
 
-MIXES = ("cutmix", "classmix")
+MIXES = ("cutmix", "classmix", "mixup")
+ALPHA = 0.4  # of the beta distribution that MixUp's share comes from
 
 
 class Mix:
     """Mixes each sample of a batch with the next, by one of these ways with its probability, or leaves it.
+
+    MixUp (Zhang et al., 2018) blends a whole batch with itself, by one share that the batch's first key decides, and
+    keeps both label maps: the criterion takes its terms of each and adds them up by the shares.
 
     Called with items that have `image` (H, W, 3) and `target.labels` (H, W), both uint8 of one size, and `key`; returns
     new items and changes none. A batch of one stays as it is.
@@ -40,14 +44,15 @@ class Mix:
 
     def __call__(self, items: Sequence[Any]) -> list[Any]:
         partners = [*items[1:], *items[:1]]
+        if len(items) > 1 and self._way((rng := self._stream(items[0].key, 2)).random()) == "mixup":
+            share = float(rng.beta(ALPHA, ALPHA))
+            return [blend(item, partner, share) for item, partner in zip(items, partners, strict=True)]
         return [self._mixed(item, partner) for item, partner in zip(items, partners, strict=True)]
 
     def _mixed(self, item: Any, partner: Any) -> Any:
-        key = item.key
-        seeds = np.random.SeedSequence([self.seed, key.epoch, key.index, key.occurrence], spawn_key=(1,))
-        rng = np.random.Generator(np.random.PCG64(seeds))
+        rng = self._stream(item.key, 1)
         way = self._way(rng.random())
-        if way is None or partner is item:
+        if way in (None, "mixup") or partner is item:
             return item
         labels, others = item.target.labels, partner.target.labels
         taken = cut_box(rng, labels.shape) if way == "cutmix" else half_of_classes(rng, others)
@@ -57,12 +62,23 @@ class Mix:
             target=replace(item.target, labels=cv2.copyTo(others, taken, labels.copy())),
         )
 
+    def _stream(self, key: Any, purpose: int) -> np.random.Generator:
+        seeds = np.random.SeedSequence([self.seed, key.epoch, key.index, key.occurrence], spawn_key=(purpose,))
+        return np.random.Generator(np.random.PCG64(seeds))
+
     def _way(self, drawn: float) -> str | None:
         for name, probability in self.probabilities.items():
             if drawn < probability:
                 return name
             drawn -= probability
         return None
+
+
+def blend(item: Any, partner: Any, share: float) -> Any:
+    """`share` of an item's picture and the rest of its partner's, with both label maps."""
+    image = cv2.addWeighted(item.image, share, partner.image, 1 - share, 0)
+    target = replace(item.target, blended=partner.target.labels, share=share)
+    return replace(item, image=image, target=target)
 
 
 def cut_box(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:

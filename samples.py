@@ -5,6 +5,7 @@ A room of its own, because readers, transforms and the data set all speak of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -74,13 +75,24 @@ class SemanticTarget:
 
     labels: Tensor  # (B, H, W) uint8 at the model's size
     originals: list[Tensor] = field(default_factory=list)  # evaluation: per sample (h, w) uint8 labels at its own size
+    blended: Tensor | None = None  # MixUp: (B, H, W) labels of the pictures that were blended in
+    share: float = 1.0  # of the picture that `labels` belong to
+
+    def parts(self) -> list[tuple[Tensor, float]]:
+        """The label maps of the batch, each with its share."""
+        both = [(self.labels, self.share)]
+        return both if self.blended is None else [*both, (self.blended, 1 - self.share)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticTarget:
         """Move what losses read; the originals, which may be huge, stay on the host."""
-        return replace(self, labels=self.labels.to(device, non_blocking=non_blocking))
+        return self._each(lambda labels: labels.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SemanticTarget:
-        return replace(self, labels=self.labels.pin_memory())
+        return self._each(lambda labels: labels.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> SemanticTarget:
+        blended = None if self.blended is None else change(self.blended)
+        return replace(self, labels=change(self.labels), blended=blended)
 
 
 @dataclass

@@ -49,6 +49,8 @@ class SemanticCriterion(Criterion):
     weight. Ignored are the labels from `num_classes` on, 255 among them, so no label can be out of range on a device;
     that others than 255 do not occur is what the check of the data sees to.
 
+    Of a batch that MixUp blended every term is taken of both label maps and added up by their shares.
+
     Computed in float32 (float64 where the logits are) under any autocast. The host waits for the device in `lovasz`
     alone, which asks which classes are there.
     """
@@ -81,7 +83,8 @@ class SemanticCriterion(Criterion):
 
     def counts(self, batch: Any) -> dict[str, Tensor]:
         """What the terms average over, 0-dim float32 on the device; to be summed over micro-batches and ranks."""
-        return {"pixels": self._pixel_weights(batch.targets.labels).sum()}
+        pixels = [share * self._pixel_weights(labels).sum() for labels, share in batch.targets.parts()]
+        return {"pixels": torch.stack(pixels).sum()}
 
     @torch.compiler.disable
     def forward(self, outputs: Mapping[str, Any], batch: Any, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,7 +94,11 @@ class SemanticCriterion(Criterion):
         corners not aligned.
         """
         with torch.autocast(outputs["logits"].device.type, enabled=False):
-            values = self._terms(full_precision(outputs["logits"]), batch.targets.labels, counts["pixels"])
+            logits = full_precision(outputs["logits"])
+            values = dict.fromkeys(self.active, logits.new_zeros(()))
+            for labels, share in batch.targets.parts():
+                for term, value in self._terms(logits, labels, counts["pixels"]).items():
+                    values[term] = values[term] + share * value
             return {term: value * self.active[term] for term, value in values.items()}
 
     def _terms(self, logits: Tensor, labels: Tensor, pixels: Tensor) -> dict[str, Tensor]:

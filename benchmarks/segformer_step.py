@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import create_model
 from models.segformer import VARIANTS
+from samples import SemanticTarget
 from semantic_loss import SemanticCriterion
 
 Step = Callable[[], None]
@@ -60,7 +61,7 @@ def ours(options: argparse.Namespace) -> Step:
     """Forward, fused loss, backward and update."""
     model = create_model("segformer", variant=options.variant, num_classes=options.classes).train()
     criterion = SemanticCriterion({"ce": 1.0}, num_classes=options.classes)
-    batch: Any = SimpleNamespace(images=images_of(options), targets=SimpleNamespace(labels=labels_of(options)))
+    batch: Any = SimpleNamespace(images=images_of(options), targets=SemanticTarget(labels_of(options)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, fused=True)
 
     def step() -> None:

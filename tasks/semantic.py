@@ -105,7 +105,7 @@ SEMANTIC = Task(
     metric=lambda names, class_names: SemanticMetric(names, class_names=class_names),
     batch_scores=SemanticMetric.batch_scores,
     augment=OFFICIAL_SEMANTIC,
-    mixes=("cutmix", "classmix"),
+    mixes=("cutmix", "classmix", "mixup"),
     console=[("PA", "accuracy"), ("MA", "mean_accuracy"), ("MI", "miou"), ("DI", "dice")],
     color=semantic_color,
     masks=semantic_masks,

@@ -17,6 +17,7 @@ from torch import Tensor
 from maps import argmax_at
 from models import create_model, infer_settings
 from models.base import key_pairs
+from samples import SemanticTarget
 from semantic_loss import SemanticCriterion
 from tests.conftest import SHARED, needs_shared
 from tests.test_golden_birefnet import golden
@@ -105,7 +106,7 @@ def trained() -> dict[str, Any]:
     for name, terms in {"ce": ("ce",), "dice": ("dice",), "ce_plus_dice": ("ce", "dice")}.items():
         model = load(case, drop_path=0.0, dropout=0.0).train()
         criterion = SemanticCriterion(dict.fromkeys(terms, 1.0), num_classes=case["num_labels"])
-        batch = SimpleNamespace(images=image_of(case), targets=SimpleNamespace(labels=label_map(case)))
+        batch = SimpleNamespace(images=image_of(case), targets=SemanticTarget(label_map(case)))
         outputs = model(batch)
         losses = criterion(outputs, batch, criterion.counts(batch))
         torch.stack(list(losses.values())).sum().backward()

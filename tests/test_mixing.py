@@ -139,3 +139,33 @@ def test_workers_change_no_byte_of_a_mixed_batch(tmp_path: Path) -> None:
 def test_mistakes_are_named(probabilities: dict[str, float], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         Mix(probabilities, seed=0)
+
+
+def test_mixup_blends_a_whole_batch_by_one_share_and_keeps_both_label_maps() -> None:
+    shares = []
+    for epoch in range(60):
+        batch = items(4, epoch)
+        mixed = Mix({"mixup": 1.0}, seed=5)(batch)
+        share = mixed[0].target.share
+        shares.append(share)
+        for item, own, partner in zip(mixed, batch, [*batch[1:], batch[0]], strict=True):
+            assert item.target.share == share
+            np.testing.assert_array_equal(item.target.labels, own.target.labels)
+            np.testing.assert_array_equal(item.target.blended, partner.target.labels)
+            expected = share * own.image.astype(float) + (1 - share) * partner.image.astype(float)
+            assert np.abs(item.image - expected).max() <= 0.5 + 1e-6
+            assert own.target.blended is None
+        collated = collate_semantic([item.target for item in mixed])
+        assert [(part.shape, weight) for part, weight in collated.parts()] == [
+            ((4, *SIZE), share), ((4, *SIZE), 1 - share),
+        ]  # fmt: skip
+    assert min(shares) < 0.1
+    assert max(shares) > 0.9
+    again = Mix({"mixup": 1.0}, seed=5)(items(4, 59))
+    assert again[0].target.share == shares[-1]
+    assert Mix({"mixup": 1.0}, seed=5)(items(1))[0].target.blended is None  # nobody to blend with
+
+
+def test_mixup_happens_to_its_share_of_the_batches() -> None:
+    blended = sum(Mix({"mixup": 0.3}, seed=1)(items(2, epoch))[0].target.blended is not None for epoch in range(400))
+    assert 80 < blended < 160

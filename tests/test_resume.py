@@ -43,7 +43,8 @@ RECIPE = [
     "--checkpoint.save_last", "2",
 ]  # fmt: skip
 SEMANTIC = [
-    "--batch_size", "2", "--train.ema_decay", "0.9", "--model.drop_path", "0.3", "--data.mix", "{classmix: 0.5}",
+    "--batch_size", "2", "--train.ema_decay", "0.9", "--model.drop_path", "0.3",
+    "--data.mix", "{classmix: 0.4, mixup: 0.4}",
     "--data.dynamic_size", "[[64, 96], [64, 64]]", "--loss.weights", "{ce: 1, dice: 1, lovasz: 1}",
     "--loss.class_weights", "inverse_sqrt", "--logging.log_frequency", "1", "--checkpoint.save_last", "2",
 ]  # fmt: skip

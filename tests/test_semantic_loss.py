@@ -409,3 +409,19 @@ def test_class_weights_that_cannot_be() -> None:
         class_weights([1, 2], "medain")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="need labelled pixels"):
         class_weights([0, 0])
+
+
+@pytest.mark.parametrize("term", SemanticCriterion.terms)
+def test_a_blended_batch_is_the_mixture_of_two_plain_ones(term: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 4, 8, 9, generator=generator, dtype=torch.float64)
+    both = torch.randint(0, 4, (2, 2, 32, 36), generator=generator, dtype=torch.uint8)
+    criterion = SemanticCriterion({term: 2.0}, num_classes=4)
+
+    def value(target: SemanticTarget) -> float:
+        batch = SimpleNamespace(targets=target)
+        return criterion({"logits": logits}, batch, criterion.counts(batch))[term].item()
+
+    plain = [value(SemanticTarget(labels)) for labels in both]
+    mixed = value(SemanticTarget(both[0], blended=both[1], share=0.7))
+    assert mixed == pytest.approx(0.7 * plain[0] + 0.3 * plain[1], rel=1e-6)
