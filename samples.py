@@ -18,13 +18,38 @@ Size = tuple[int, int]
 IGNORED = 255  # the label of pixels that count nowhere
 
 
+Rle = dict[str, Any]  # {"size": [h, w], "counts": bytes}: a mask as pycocotools compresses it
+
+
+@dataclass
+class Objects:
+    """The objects of one picture in the compact form they came in; their classes are the sample's `class_ids`."""
+
+    codes: list[Rle]  # of the picture's size; the boxes' own rectangles where the data has boxes alone
+    boxes: np.ndarray  # (n, 4) float32 left, top, right, bottom, in pixels
+    crowd: np.ndarray  # (n,) bool: a region of many objects, which evaluation ignores and training leaves out
+    areas: np.ndarray  # (n,) float64 pixels, as evaluation counts them
+
+
+@dataclass
+class Layers:
+    """Objects of one picture as label maps that transforms can warp, as few of them as overlaps allow.
+
+    Object `i` covers the pixels of `maps[..., layer_of[i]]` that are `i + 1`; no crowds are among them.
+    """
+
+    maps: np.ndarray  # (H, W, L) uint16, L >= 1, 0 where there is nothing
+    layer_of: np.ndarray  # (n,) int64
+    boxes: np.ndarray  # (n, 4) float32 left, top, right, bottom, in pixels
+
+
 @dataclass
 class Sample:
     """What every reader yields: a picture as it is on disk, with its annotation in the compact form it came in."""
 
     frames: list[np.ndarray]  # each (H, W, 3) uint8 RGB; one for a still image
-    masks: Any = None  # binary: (H, W) uint8 alpha; semantic: (H, W) uint8 labels; None at inference
-    class_ids: list[int] = field(default_factory=list)  # binary: the auxiliary class, or none
+    masks: Any = None  # binary: (H, W) uint8 alpha; semantic: (H, W) uint8 labels; instance: Objects or Layers; none at inference
+    class_ids: list[int] = field(default_factory=list)  # binary: the auxiliary class, or none; instance: one each
     sample_id: str = ""
     path: str = ""
     dataset: str = ""
@@ -93,6 +118,34 @@ class SemanticTarget:
     def _each(self, change: Callable[[Tensor], Tensor]) -> SemanticTarget:
         blended = None if self.blended is None else change(self.blended)
         return replace(self, labels=change(self.labels), blended=blended)
+
+
+@dataclass
+class InstanceTarget:
+    """Targets of `instance`: the objects of all samples one after the other, `counts[b]` of them in sample `b`.
+
+    The mask of object `i` of a sample is where `maps[b, layer_of]` is `i + 1`, so masks of any number of objects take
+    the memory of a few label maps.
+    """
+
+    counts: list[int]
+    labels: Tensor  # (N,) int64
+    boxes: Tensor  # (N, 4) float32 center x, center y, width, height, as shares of the input's sides
+    maps: Tensor  # (B, L, H, W) int16 at the model's size
+    layer_of: Tensor  # (N,) int64
+    originals: list[Objects] = field(default_factory=list)  # evaluation: per sample, as read, with its crowds
+    original_labels: list[list[int]] = field(default_factory=list)  # evaluation: the classes of those
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> InstanceTarget:
+        """Move what losses read; the originals stay on the host."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> InstanceTarget:
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> InstanceTarget:
+        names = ("labels", "boxes", "maps", "layer_of")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 @dataclass
