@@ -48,7 +48,8 @@ class Sample:
     """What every reader yields: a picture as it is on disk, with its annotation in the compact form it came in."""
 
     frames: list[np.ndarray]  # each (H, W, 3) uint8 RGB; one for a still image
-    masks: Any = None  # binary: (H, W) uint8 alpha; semantic: (H, W) uint8 labels; instance: Objects or Layers; none at inference
+    # binary: (H, W) uint8 alpha; semantic: (H, W) uint8 labels; instance: Objects or Layers; None at inference
+    masks: Any = None
     class_ids: list[int] = field(default_factory=list)  # binary: the auxiliary class, or none; instance: one each
     sample_id: str = ""
     path: str = ""

@@ -325,7 +325,9 @@ class Config:
         "", "true: continue the run; auto: only if there is one; or a checkpoint", path="file?", transient=True
     )
     overwrite: bool = setting(False, "replace an existing run of this name", transient=True)
-    task: Literal["binary", "semantic", "instance"] = setting("binary", "what is segmented; the default is the family's own")
+    task: Literal["binary", "semantic", "instance"] = setting(
+        "binary", "what is segmented; the default is the family's own"
+    )
     seed: int = setting(7, "seed of everything random", min=0)
     seeds: list[int] = setting([], "train once with each of these and report mean and deviation", min=0, transient=True)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d+)?", volatile=True)
