@@ -1,21 +1,21 @@
 """The samples of a validation that a person should look at: the best and the worst, each as a few small pictures.
 
-While a validation runs only masks are kept, small and of the candidates alone; images and truth are read again at the
-end, for those that stayed.
+While a validation runs only what was found is kept, small and of the candidates alone; images and truth are read again
+at the end, for those that stayed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
 import numpy as np
 
 from readers import Reader
-from samples import Batch, Size
+from samples import Batch, Sample, SampleInfo, Size
 from utils import World
 
 SIDE = 384  # pixels of a picture's longer side
@@ -34,27 +34,27 @@ class Picture:
 
 @dataclass
 class Candidate:
-    """A sample that is among the best or worst so far, with its mask at the picture's size."""
+    """A sample that is among the best or worst so far, with what was found in it at the picture's size."""
 
     dataset: str
     sample_id: str
     path: str
     score: float
-    mask: Any
+    result: Any
 
 
-Masks = Callable[[dict[str, Any], list[Size]], Iterator[Any]]
-Panels = Callable[[np.ndarray, Any, Any], dict[str, np.ndarray]]
+Results = Callable[[dict[str, Any], list[SampleInfo]], Iterator[Any]]
+Panels = Callable[[Sample, np.ndarray, Any], dict[str, np.ndarray]]  # (sample, its small picture, result)
 
 
 class Gallery:
     """The `count` best and worst samples by the metric's primary score.
 
-    `masks(predictions, sizes)` and `panels(image, truth, mask)` are the task's, see tasks.py.
+    `results(predictions, samples)` is the task's, see tasks/base.py.
     """
 
-    def __init__(self, masks: Masks, metric: Any, count: int = 10) -> None:
-        self.masks, self.primary, self.count = masks, metric.primary, count
+    def __init__(self, results: Results, metric: Any, count: int = 10) -> None:
+        self.results, self.primary, self.count = results, metric.primary, count
         self.sign = 1 if metric.higher_is_better[metric.primary] else -1
         self.best: list[Candidate] = []
         self.worst: list[Candidate] = []
@@ -66,7 +66,7 @@ class Gallery:
             if not (self._belongs(candidate, self.best, 1) or self._belongs(candidate, self.worst, -1)):
                 continue
             one = {name: value[index : index + 1] for name, value in predictions.items()}
-            candidate.mask = next(self.masks(one, [picture_size(sample.size)]))
+            candidate.result = next(self.results(one, [replace(sample, size=picture_size(sample.size))]))
             self.best = self._sorted([*self.best, candidate], 1)
             self.worst = self._sorted([*self.worst, candidate], -1)
 
@@ -105,5 +105,5 @@ def _draw(candidate: Candidate, reader: Reader, index: int, panels: Panels) -> P
     sample = reader.read(index)
     height, width = picture_size((sample.frames[0].shape[0], sample.frames[0].shape[1]))
     image = cv2.resize(sample.frames[0], (width, height), interpolation=cv2.INTER_AREA)
-    drawn = panels(image, sample.masks, candidate.mask)
+    drawn = panels(sample, image, candidate.result)
     return Picture(candidate.dataset, candidate.sample_id, candidate.path, candidate.score, drawn)

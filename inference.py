@@ -1,12 +1,12 @@
 """Run a model on pictures and videos: `python inference.py --checkpoint runs/my_run --input photos/ --output out/`.
 
 Inputs are images, videos, folders (all below them, structure kept) and quoted patterns. Each image gets a mask of its
-own size, `out/masks/<name>.png`, and what else is asked for; a video gets a video of each. A file that cannot be read
-is reported at the end, and the others go on. From Python:
+own size, `out/masks/<name>.png`, and what else is asked for; a video gets a video of each; objects of all of them are
+listed in `out/results.json`. A file that cannot be read is reported at the end, and the others go on. From Python:
 
     predictor = Predictor(*load_model(Path("runs/my_run")), tta=[1.0])
-    for frame, mask in predictor.stills(ImageList(["photos"])):
-        ...  # mask: (H, W) uint8 at the picture's own size, or a Fault
+    for frame, result in predictor.stills(ImageList(["photos"])):
+        ...  # result: (H, W) uint8 at the picture's own size, or instances.Detections, or a Fault
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tasks import Task, get_task
 from transforms import resize
 from utils import choose_precision, loading_workers, pick_device
 from video import VideoReader, silence_opencv
-from writers import FormatError, FrameFolder, VideoWriter, write_image
+from writers import FormatError, FrameFolder, JsonList, VideoWriter, write_image
 
 WRITERS = 4
 DEFAULT_SIZE = [1024, 1024]  # of official weights, which do not say what they were trained on
@@ -59,6 +59,7 @@ SUFFIXES = {
     "cutouts": ".png",
     "overlays": ".jpg",
     "side_by_side": ".jpg",
+    "crops": ".png",
 }  # of what images become
 
 T = TypeVar("T")
@@ -78,25 +79,46 @@ def run(settings: InferenceSettings) -> list[Fault]:
         tta=settings.scales,
         tile=settings.tile,
         overlap=settings.overlap,
+        threshold=settings.threshold,
+        top_k=settings.top_k,
     )
     task = predictor.task
+    if settings.crops and not task.objects:
+        raise UserError(f"--crops are of objects, and the task {task.name} finds none; leave it out")
     if settings.cutout and not task.cut_out:
         raise UserError(f"--cutout needs masks that are alpha, but those of the task {task.name} are not; leave it out")
     kinds = kinds_of(settings, task)
     prepare_output(output, kinds, settings, images)
     draw = partial(draw_outputs, task=task, kinds=kinds, class_names=predictor.class_names)
-    stills = predictor.stills(images, loading_workers(settings.num_workers))
-    faults = write_stills(with_bar(stills, "images", len(images)), output, draw) if len(images) else []
-    for name, path in images.videos.items():
-        try:
-            video = VideoReader(path)
-            frames = with_bar(predictor.frames(video, name), name, video.count)
-            write_video(frames, output, name, video.rate, draw)
-        except DataError as error:
-            faults.append(error.fault)
-        except FormatError as error:
-            faults.append(Fault(path, str(error)))
+    with ExitStack() as files:
+        records = files.enter_context(JsonList(output / "results.json")) if task.objects else None
+        stills = noted(predictor.stills(images, loading_workers(settings.num_workers)), predictor, records)
+        faults = write_stills(with_bar(stills, "images", len(images)), output, draw) if len(images) else []
+        for name, path in images.videos.items():
+            try:
+                video = VideoReader(path)
+                frames = noted(predictor.frames(video, name), predictor, records, is_video=True)
+                write_video(with_bar(frames, name, video.count), output, name, video.rate, draw)
+            except DataError as error:
+                faults.append(error.fault)
+            except FormatError as error:
+                faults.append(Fault(path, str(error)))
     return faults
+
+
+def noted(
+    predictions: Iterator[Prediction], predictor: Predictor, records: JsonList | None, *, is_video: bool = False
+) -> Iterator[Prediction]:
+    """The same, with the objects of each picture written down as COCO results.
+
+    The image id is the number that the file is called by, as COCO's are, else its name; a frame's has its number.
+    """
+    for number, (frame, result) in enumerate(predictions, 1):
+        if records and predictor.task.objects and not isinstance(result, Fault):
+            name = f"{frame.info.sample_id}/{number:06d}" if is_video else frame.info.sample_id
+            image_id = int(name) if name.isascii() and name.isdigit() else name
+            records.extend(predictor.task.objects.records(result, image_id, predictor.class_ids))
+        yield frame, result
 
 
 def with_bar(predictions: Iterator[Prediction], name: str, count: int) -> Iterable[Prediction]:
@@ -126,7 +148,7 @@ def list_inputs(settings: InferenceSettings) -> ImageList:
 def kinds_of(settings: InferenceSettings, task: Task) -> list[str]:
     """What is written of each picture, by the names of the folders."""
     asked = {"colors": settings.colors and task.has_colors, "cutouts": settings.cutout, "overlays": settings.overlay,
-             "side_by_side": settings.side_by_side}  # fmt: skip
+             "side_by_side": settings.side_by_side, "crops": settings.crops}  # fmt: skip
     return ["masks", *(kind for kind, is_asked in asked.items() if is_asked)]
 
 
@@ -147,7 +169,7 @@ def prepare_output(output: Path, kinds: list[str], settings: InferenceSettings, 
             raise UserError(f"cannot write into --output {output}: no permission for {folder}; name another folder")
 
 
-# ---------------------------------------------------------------- pictures in, masks out
+# ---------------------------------------------------------------- pictures in, results out
 
 
 @dataclass
@@ -160,7 +182,8 @@ class Frame:
     inputs: Tensor | None = None  # (3, h, w) normalised, at the model's size
 
 
-Prediction = tuple[Frame, np.ndarray | Fault]
+Result = Any  # what the task's `results` yield
+Prediction = tuple[Frame, Result | Fault]
 
 
 class Predictor:
@@ -173,6 +196,8 @@ class Predictor:
         tile: predict pictures at their own resolution, in tiles of the model's input size that share at least
             `overlap` of their sides. A side that is shorter than a tile is stretched to it, so a small picture is one
             tile, as it would be without tiling.
+        threshold, top_k: of objects, the least score (by default where F1 was best when the checkpoint was validated)
+            and how many of a picture.
 
     Raises:
         UserError: a size, device or precision that cannot be; later, when the device runs out of memory.
@@ -190,10 +215,18 @@ class Predictor:
         tta: Sequence[float] = (),
         tile: bool = False,
         overlap: float = 0.25,
+        threshold: float | None = None,
+        top_k: int = 100,
     ):
         self.size = input_size(size or meta.get("size") or DEFAULT_SIZE, model.stride)
         self.task: Task = get_task(meta["task"])
         self.class_names: list[str] = meta.get("class_names") or []
+        self.class_ids: list[Any] = meta.get("class_ids") or []
+        self.results = self.task.results
+        if self.task.objects:
+            if tta or tile:
+                raise UserError(f"--tta and --tile are for tasks with a class in each pixel, not for {self.task.name}")
+            self.results = partial(self.results, **self.task.objects.options(meta, threshold, top_k))
         self.statistics: str = meta.get("normalize", "imagenet")
         self.device = pick_device(device)
         self.precision = choose_precision(mixed_precision, self.device)
@@ -202,7 +235,7 @@ class Predictor:
         self.per_pass = 1 if tile else batch_size  # pictures
 
     def stills(self, images: Reader, workers: int = 0) -> Iterator[Prediction]:
-        """(frame, mask at its own size) of every image in order; a `Fault` in place of a mask that cannot be had.
+        """(frame, result at its own size) of every image in order; a `Fault` in place of one that cannot be had.
 
         The next images are decoded on `workers` threads meanwhile.
         """
@@ -214,7 +247,7 @@ class Predictor:
                 info = SampleInfo(images.sample_id(index), error.fault.path, images.dataset_of(index), (0, 0))
                 return Frame(info, np.empty((0, 0, 3), np.uint8), error.fault)
 
-        return self.masks(ahead(load, range(len(images)), workers, max(workers, self.per_pass)))
+        return self.predictions(ahead(load, range(len(images)), workers, max(workers, self.per_pass)))
 
     def frames(self, video: VideoReader, name: str) -> Iterator[Prediction]:
         """The same of every frame of a video, decoded on another thread. Raises `DataError` when it is damaged."""
@@ -225,7 +258,7 @@ class Predictor:
             return None if picture is None else self.prepared(Sample([picture], sample_id=name, path=video.path))
 
         loaded = ahead(load, itertools.count(), 1, self.per_pass)
-        return self.masks(iter(partial(next, loaded), None))
+        return self.predictions(iter(partial(next, loaded), None))
 
     def prepared(self, sample: Sample) -> Frame:
         """A frame with all that can be done to it before its turn: work for other threads."""
@@ -235,24 +268,24 @@ class Predictor:
             return Frame(info, picture)
         return Frame(info, picture, inputs=normalize(resize(sample, self.size).frames[0][None], self.statistics)[0])
 
-    def masks(self, frames: Iterable[Frame]) -> Iterator[Prediction]:
+    def predictions(self, frames: Iterable[Frame]) -> Iterator[Prediction]:
         """The results, each brought to its picture's own size when it is asked for."""
         frames = iter(frames)
         while chunk := list(itertools.islice(frames, self.per_pass)):
-            masks = self.masks_of([frame for frame in chunk if not frame.fault])
+            results = self.results_of([frame for frame in chunk if not frame.fault])
             for frame in chunk:
-                yield frame, frame.fault or next(masks)
+                yield frame, frame.fault or next(results)
 
-    def masks_of(self, frames: list[Frame]) -> Iterator[np.ndarray | Fault]:
-        """The masks of a few frames, in one forward pass unless they are tiled."""
+    def results_of(self, frames: list[Frame]) -> Iterator[Result | Fault]:
+        """The results of a few frames, in one forward pass unless they are tiled."""
         try:
             with self.precision.autocast():
                 predictions = self.tiled(frames[0]) if self.tile else self.whole(frames)
             failed = torch.isnan(predictions["logits"]).flatten(1).any(1).tolist()  # half precision can overflow
-            masks = self.task.masks(predictions, [frame.info.size for frame in frames])
-            for frame, mask, is_broken in zip(frames, masks, failed, strict=True):
+            results = self.results(predictions, [frame.info for frame in frames])
+            for frame, result, is_broken in zip(frames, results, failed, strict=True):
                 problem = "the model's output is not a number; try --mixed_precision no"
-                yield Fault(frame.info.path, problem) if is_broken else mask
+                yield Fault(frame.info.path, problem) if is_broken else result
         except torch.OutOfMemoryError:
             sides = f"{self.size[1]}x{self.size[0]}"
             raise UserError(f"{self.device} has no room for {self.batch_size} inputs of {sides}; lower --batch_size or "
@@ -318,29 +351,31 @@ def ahead(work: Callable[[T], R], items: Iterable[T], threads: int, depth: int) 
 
 # ---------------------------------------------------------------- pictures of masks to disk
 
-Draw = Callable[[Prediction], dict[str, np.ndarray]]  # {kind: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, uint8}
+# {kind: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, uint8; or several of them by name}
+Drawn = dict[str, np.ndarray | dict[str, np.ndarray]]
+Draw = Callable[[Prediction], Drawn]
 
 
-def draw_outputs(
-    prediction: Prediction, *, task: Task, kinds: list[str], class_names: Sequence[str] = ()
-) -> dict[str, np.ndarray]:
+def draw_outputs(prediction: Prediction, *, task: Task, kinds: list[str], class_names: Sequence[str] = ()) -> Drawn:
     """The pictures of one prediction, by kind; the `DataError` of a fault.
 
     `side_by_side` shows picture, mask, and cut-out on checkers, or the overlay where no cut-outs are asked for.
     """
-    frame, mask = prediction
-    if isinstance(mask, Fault):
-        raise DataError(mask)
-    drawn = {"masks": mask}
+    frame, result = prediction
+    if isinstance(result, Fault):
+        raise DataError(result)
+    drawn: Drawn = {"masks": task.mask(result)}
     if "colors" in kinds:
-        drawn["colors"] = task.colorize(mask)
-    if "cutouts" in kinds and task.cut_out:
-        drawn["cutouts"] = task.cut_out(frame.picture, mask)
+        drawn["colors"] = task.colorize(result)
     if "overlays" in kinds or "cutouts" not in kinds:
-        drawn["overlays"] = task.draw(frame.picture, mask, class_names)
+        last = drawn["overlays"] = task.draw(frame.picture, result, class_names)
+    if "cutouts" in kinds and task.cut_out:
+        drawn["cutouts"] = cutout = task.cut_out(frame.picture, result)
+        last = on_checkers(cutout)
     if "side_by_side" in kinds:
-        last = on_checkers(drawn["cutouts"]) if "cutouts" in drawn else drawn["overlays"]
-        drawn["side_by_side"] = np.hstack([frame.picture, task.colorize(mask), last])
+        drawn["side_by_side"] = np.hstack([frame.picture, task.colorize(result), last])
+    if "crops" in kinds and task.objects:
+        drawn["crops"] = dict(task.objects.crops(frame.picture, result, class_names))
     return {kind: drawn[kind] for kind in kinds}
 
 
@@ -358,8 +393,12 @@ def write_stills(predictions: Iterable[Prediction], output: Path, draw: Draw) ->
     def write(prediction: Prediction) -> Fault | None:
         info = prediction[0].info
         try:
-            for kind, pixels in draw(prediction).items():
-                write_image(output / kind / f"{info.sample_id}{SUFFIXES[kind]}", pixels)
+            for kind, drawn in draw(prediction).items():
+                if isinstance(drawn, dict):
+                    for name, pixels in drawn.items():
+                        write_image(output / kind / info.sample_id / f"{name}{SUFFIXES[kind]}", pixels)
+                else:
+                    write_image(output / kind / f"{info.sample_id}{SUFFIXES[kind]}", drawn)
         except DataError as error:
             return error.fault
         except FormatError as error:
@@ -371,7 +410,7 @@ def write_stills(predictions: Iterable[Prediction], output: Path, draw: Draw) ->
 
 def write_video(predictions: Iterable[Prediction], output: Path, name: str, rate: float, draw: Draw) -> None:
     """Draw on a few threads, and write in order on another: an .mp4 of each kind, and cut-outs as a folder of pictures,
-    since an .mp4 has no transparency. An exception (`DataError`, `FormatError`) leaves nothing of any.
+    since an .mp4 has no transparency; no crops. An exception (`DataError`, `FormatError`) leaves nothing of any.
     """
     writers: dict[str, VideoWriter | FrameFolder] = {}
 
@@ -380,8 +419,10 @@ def write_video(predictions: Iterable[Prediction], output: Path, name: str, rate
             return files.enter_context(FrameFolder(output / kind / name))
         return files.enter_context(VideoWriter(output / kind / f"{name}.mp4", rate, size))
 
-    def append(drawn: dict[str, np.ndarray]) -> None:
+    def append(drawn: Drawn) -> None:
         for kind, pixels in drawn.items():
+            if isinstance(pixels, dict):
+                continue
             if kind not in writers:
                 writers[kind] = open_writer(kind, (pixels.shape[0], pixels.shape[1]))
             writers[kind].append(pixels)

@@ -145,8 +145,13 @@ class InstanceTarget:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> InstanceTarget:
-        names = ("labels", "boxes", "maps", "layer_of")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        return replace(
+            self,
+            labels=change(self.labels),
+            boxes=change(self.boxes),
+            maps=change(self.maps),
+            layer_of=change(self.layer_of),
+        )
 
 
 @dataclass

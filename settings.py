@@ -394,6 +394,11 @@ class InferenceSettings:
     colors: bool = setting(True, "class masks in colours (PASCAL VOC's) beside the class ids; binary has none")
     overlay: bool = setting(True, "write overlays/<name>.jpg; --no-overlay: none")
     side_by_side: bool = setting(False, "write side_by_side/<name>.jpg: picture, mask, and cut-out or overlay")
+    threshold: float | None = setting(
+        None, "instance: least score; null: where F1 was best in validation, else 0.5", min=0, max=1
+    )
+    top_k: int = setting(100, "instance: at most so many objects of a picture", min=1)
+    crops: bool = setting(False, "instance: write crops/<name>/<number>_<class>.png, each object in its box")
     num_workers: int = setting(-1, "decoding threads; -1: cores, at most 8", min=-1)
 
     @property

@@ -57,9 +57,9 @@ from evaluate import evaluate
 from gallery import Gallery
 from optim import guarded_step
 from run import Run, build_run, is_resumed, name_the_run, publish
-from samples import Batch
+from samples import Batch, Sample
 from settings import TrackingSettings
-from tasks import get_task
+from tasks import Scored, get_task
 from timing import hint_about
 from tracking import Callback, Log, StepRecord, ValidationRecord
 from utils import (
@@ -406,7 +406,7 @@ def measure_base(run: Run) -> dict[str, float]:
 def score(run: Run) -> tuple[Any, Gallery]:
     """(metric of all validation samples, the masks worth looking at)."""
     metric = run.metric()
-    gallery = Gallery(run.task.masks, metric)
+    gallery = Gallery(run.task.results, metric)
     evaluate(
         run.ema.module if run.ema else run.raw_model,
         run.val_loader,
@@ -424,7 +424,12 @@ def score(run: Run) -> tuple[Any, Gallery]:
 def tell_validation(run: Run, metric: Any, values: dict[str, float], gallery: Gallery, **flags: bool) -> None:
     """Tell the callbacks of a validation, with the samples to look at."""
     state = run.state
-    best, worst = gallery.collect(run.world, run.val_loader.dataset.reader, run.task.panels)
+    reader = run.val_loader.dataset.reader
+
+    def panels(sample: Sample, image: Any, result: Any) -> dict[str, Any]:
+        return run.task.panels(Scored(sample, image, result, run.class_names, values))
+
+    best, worst = gallery.collect(run.world, reader, panels)
     record = ValidationRecord(
         epoch=state.epoch + (state.step > 0),
         step=state.step,

@@ -5,12 +5,14 @@ Pixels are uint8: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -55,6 +57,40 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; what was written before is whole") from None
+
+
+class JsonList:
+    """A .json list written as it grows: `with JsonList(path) as records: records.extend([{...}])`.
+
+    It gets its name at the end of the block, and an exception leaves nothing of it. `UserError` where nothing can be
+    written.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._separator = path, "[\n"
+        self._temporary = path.with_name(path.name + TEMPORARY)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._temporary, "w", encoding="utf-8")  # noqa: SIM115 — held until the block ends
+
+    def extend(self, records: list[dict[str, Any]]) -> None:
+        with writing(self.path):
+            for record in records:
+                self._file.write(self._separator + json.dumps(record))
+                self._separator = ",\n"
+
+    def __enter__(self) -> JsonList:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        try:
+            with writing(self.path), self._file:
+                self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
+            if kind is None:
+                with writing(self.path):
+                    os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
 
 class VideoWriter:

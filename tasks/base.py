@@ -11,7 +11,30 @@ import numpy as np
 from torch import Tensor
 
 from readers import Reader
-from samples import Sample, Size
+from samples import Sample
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A validated sample to draw."""
+
+    sample: Sample  # as it was read
+    image: np.ndarray  # (h, w, 3) uint8, its picture as small as the panels are to be
+    result: Any  # what was found, at that size
+    class_names: Sequence[str]
+    metrics: Mapping[str, float]  # of the whole validation
+
+
+@dataclass(frozen=True)
+class ObjectOutputs:
+    """What inference can do where a result is a list of objects with scores."""
+
+    options: Callable[[Mapping[str, Any], float | None, int], dict[str, Any]]
+    """(meta of a checkpoint, threshold or None for its own, top k) -> keyword arguments of the task's `results`"""
+    crops: Callable[[np.ndarray, Any, Sequence[str]], Iterator[tuple[str, np.ndarray]]]
+    """(image, result, class names) -> a name and a picture of each object"""
+    records: Callable[[Any, int | str, Sequence[Any]], list[dict[str, Any]]]
+    """(result, image id, category ids) -> COCO results"""
 
 
 @dataclass(frozen=True)
@@ -32,15 +55,17 @@ class Task:
     mixes: tuple[str, ...]  # ways in which the samples of a batch may be mixed
     console: list[tuple[str, str]]  # (short name in the console line, metric)
     color: Callable[[dict[str, float], Any], str]  # (batch scores, logging settings) -> colour of the line
-    masks: Callable[[dict[str, Tensor], list[Size]], Iterator[np.ndarray]]  # (predictions, original sizes) -> to save
-    colorize: Callable[[np.ndarray], np.ndarray]  # mask -> what people see of it, (H, W, 3)
+    results: Callable[..., Iterator[Any]]  # (predictions, samples) -> what is found in each, at the size it names
+    colorize: Callable[[Any], np.ndarray]  # result -> what people see of it, (H, W, 3)
     has_colors: bool  # whether that says more than the mask itself
-    draw: Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]  # (image, mask, class names) -> picture
-    cut_out: Callable[[np.ndarray, np.ndarray], np.ndarray] | None  # (image, mask) -> RGBA, where masks are alpha
-    panels: Callable[[np.ndarray, Any, Any], dict[str, np.ndarray]]  # (image, a sample's masks, mask) -> pictures
+    draw: Callable[[np.ndarray, Any, Sequence[str]], np.ndarray]  # (image, result, class names) -> picture
+    cut_out: Callable[[np.ndarray, Any], np.ndarray] | None  # (image, result) -> RGBA, where results are alpha
+    panels: Callable[[Scored], dict[str, np.ndarray]]  # a validated sample -> pictures of one size by name
     panel_notes: dict[str, str]  # what the colours of a panel mean
     write_demo: Callable[[Path], Path]  # draws the demo data into a folder with train/ and val/
     test_metrics: tuple[str, ...] = ()  # what evaluate.py measures beside the task's own where nothing is chosen
+    mask: Callable[[Any], np.ndarray] = lambda result: result  # result -> (H, W) to be saved as a grey picture
+    objects: ObjectOutputs | None = None  # where a result is a list of objects
 
     def demo_root(self) -> str:
         """The folder of the demo data, drawn where it is not there yet."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -15,8 +15,8 @@ from foreground import cut_out
 from loss import resize
 from metrics import BinaryMetric
 from readers import BinaryFolders
-from samples import Size
-from tasks.base import Task
+from samples import SampleInfo
+from tasks.base import Scored, Task
 from transforms import OFFICIAL_BINARY
 
 
@@ -29,13 +29,13 @@ def binary_color(scores: dict[str, float], limits: Any) -> str:
     return "blue"
 
 
-def binary_masks(predictions: dict[str, Tensor], sizes: list[Size]) -> Iterator[np.ndarray]:
-    """(H, W) uint8 alpha of each sample at its original size, from logits (B, 1, h, w).
+def binary_results(predictions: dict[str, Tensor], samples: Sequence[SampleInfo]) -> Iterator[np.ndarray]:
+    """(H, W) uint8 alpha of each sample at its own size, from logits (B, 1, h, w).
 
     The official arithmetic: probabilities, not logits, are resized, and v · 255 is cut off rather than rounded.
     """
-    for probabilities, size in zip(predictions["logits"].float().sigmoid().split(1), sizes, strict=True):
-        yield resize(probabilities, size)[0, 0].mul(255).byte().cpu().numpy()
+    for probabilities, sample in zip(predictions["logits"].float().sigmoid().split(1), samples, strict=True):
+        yield resize(probabilities, sample.size)[0, 0].mul(255).byte().cpu().numpy()
 
 
 def draw_binary(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -49,13 +49,14 @@ def draw_binary(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 FOUND, MISSED = (np.array(color, np.float32) for color in ((255, 150, 30), (70, 140, 255)))
 
 
-def binary_panels(image: np.ndarray, truth: np.ndarray, alpha: np.ndarray) -> dict[str, np.ndarray]:
-    """A validated sample to look at: image (h, w, 3), truth of any size and alpha (h, w), all uint8.
+def binary_panels(scored: Scored) -> dict[str, np.ndarray]:
+    """Image, truth, prediction and error.
 
     In the error picture what was missed is blue, what was found where nothing is orange, both also to colour-blind
     eyes; the image lies dark behind them.
     """
-    truth = cv2.resize(truth, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_AREA)
+    image, alpha = scored.image, scored.result
+    truth = cv2.resize(scored.sample.masks, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_AREA)
     difference = (alpha.astype(np.float32) - truth)[..., None] / 255
     ground = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] * np.float32(0.3)
     color = np.where(difference > 0, FOUND, MISSED)
@@ -88,7 +89,7 @@ BINARY = Task(
     mixes=(),
     console=[("BC", "bce_accuracy"), ("DI", "dice"), ("JI", "jaccard"), ("SI", "ssim")],
     color=binary_color,
-    masks=binary_masks,
+    results=binary_results,
     colorize=colorize_alpha,
     has_colors=False,
     draw=lambda image, alpha, class_names: draw_binary(image, alpha),

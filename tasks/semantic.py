@@ -15,9 +15,9 @@ from demo import write_semantic_demo
 from maps import argmax_at
 from metrics import SemanticMetric
 from readers import Reader, class_table, pixel_counts, semantic_reader, show_classes
-from samples import IGNORED, Size
+from samples import IGNORED, SampleInfo
 from semantic_loss import class_weights
-from tasks.base import Task
+from tasks.base import Scored, Task
 from transforms import OFFICIAL_SEMANTIC
 
 WRONG, RIGHT = np.array([230, 60, 60], np.float32), np.array([70, 170, 110], np.float32)
@@ -40,10 +40,10 @@ def semantic_color(scores: dict[str, float], limits: Any) -> str:
     return "blue"
 
 
-def semantic_masks(predictions: dict[str, Tensor], sizes: list[Size]) -> Iterator[np.ndarray]:
-    """(H, W) uint8 class ids of each sample at its original size, from logits (B, C, h, w)."""
-    for logits, size in zip(predictions["logits"].split(1), sizes, strict=True):
-        yield argmax_at(logits, size)[0].cpu().numpy()
+def semantic_results(predictions: dict[str, Tensor], samples: Sequence[SampleInfo]) -> Iterator[np.ndarray]:
+    """(H, W) uint8 class ids of each sample at its own size, from logits (B, C, h, w)."""
+    for logits, sample in zip(predictions["logits"].split(1), samples, strict=True):
+        yield argmax_at(logits, sample.size)[0].cpu().numpy()
 
 
 def colorize(labels: np.ndarray) -> np.ndarray:
@@ -76,12 +76,10 @@ def draw_semantic(image: np.ndarray, labels: np.ndarray, class_names: Sequence[s
     return picture
 
 
-def semantic_panels(image: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """A validated sample to look at: image (h, w, 3), truth of any size and labels (h, w), all uint8.
-
-    In the error picture right pixels are green, wrong ones red, ignored ones dark.
-    """
-    truth = cv2.resize(truth, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_NEAREST)
+def semantic_panels(scored: Scored) -> dict[str, np.ndarray]:
+    """Image, truth, prediction and error, in which right pixels are green, wrong ones red, ignored ones dark."""
+    image, labels = scored.image, scored.result
+    truth = cv2.resize(scored.sample.masks, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_NEAREST)
     ground = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
     error = np.where((truth == labels)[..., None], 0.5 * ground + 0.35 * RIGHT, 0.25 * ground + 0.75 * WRONG)
     error[truth == IGNORED] = 0.2 * ground[truth == IGNORED]
@@ -108,7 +106,7 @@ SEMANTIC = Task(
     mixes=("cutmix", "classmix", "mixup"),
     console=[("PA", "accuracy"), ("MA", "mean_accuracy"), ("MI", "miou"), ("DI", "dice")],
     color=semantic_color,
-    masks=semantic_masks,
+    results=semantic_results,
     colorize=colorize,
     has_colors=True,
     draw=draw_semantic,

@@ -9,7 +9,7 @@ CHECKS = (
     ["-m", "ruff", "check", "."],
     ["-m", "ruff", "format", "--check", "."],
     ["-m", "mypy", "."],
-    ["-m", "pytest"],
+    ["-m", "pytest", "-n", "auto"],
 )
 
 
@@ -17,7 +17,7 @@ def main() -> int:
     """Run each check, the tests with the given arguments; returns 1 if any failed."""
     failed = []
     for check in CHECKS:
-        arguments = sys.argv[1:] if check[-1] == "pytest" else []
+        arguments = sys.argv[1:] if check[1] == "pytest" else []
         print("+", *check[1:], *arguments, flush=True)
         if subprocess.run([sys.executable, *check, *arguments], check=False).returncode:
             failed.append(check[1])

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums have one order, and the tests run side by side
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the data and goldens beside the checkout are absent")
 needs_cuda = pytest.mark.gpu

@@ -17,7 +17,8 @@ from gallery import SIDE, Gallery, picture_size
 from metrics import Row
 from readers import BinaryFolders
 from samples import Batch, SampleInfo
-from tasks.binary import binary_masks, binary_panels
+from tasks.base import Scored
+from tasks.binary import binary_panels, binary_results
 from tests.helpers import draw_set
 from utils import World
 
@@ -41,6 +42,10 @@ def look_at(gallery: Gallery, reader: BinaryFolders, indices: list[int], scores:
     gallery.update(rows, {"logits": logits}, Batch(torch.zeros(len(indices), 3, 8, 8), None, samples))
 
 
+def panels(sample: Any, image: np.ndarray, result: Any) -> dict[str, np.ndarray]:
+    return binary_panels(Scored(sample, image, result, [], {}))
+
+
 SCORES = [0.5, 0.1, 0.9, math.nan, 0.3, 0.9, 0.7]
 
 
@@ -54,23 +59,23 @@ def names(pictures: list[Any]) -> list[str]:
 
 
 def test_the_best_and_the_worst_are_kept_in_order(reader: BinaryFolders) -> None:
-    gallery = Gallery(binary_masks, Score(), count=3)
+    gallery = Gallery(binary_results, Score(), count=3)
     for start in (0, 3, 6):
         indices = list(range(start, min(start + 3, 7)))
         look_at(gallery, reader, indices, [SCORES[i] for i in indices])
-    best, worst = gallery.collect(World.alone(), reader, binary_panels)
+    best, worst = gallery.collect(World.alone(), reader, panels)
     assert names(best) == ["02", "05", "06"]  # equal scores by name
     assert names(worst) == ["03", "01", "04"]  # what is not a number is worse than all
-    lower_is_better = Gallery(binary_masks, Score(False), count=2)
+    lower_is_better = Gallery(binary_results, Score(False), count=2)
     look_at(lower_is_better, reader, [0, 1, 2], SCORES[:3])
-    best, worst = lower_is_better.collect(World.alone(), reader, binary_panels)
+    best, worst = lower_is_better.collect(World.alone(), reader, panels)
     assert (names(best), names(worst)) == (["01", "00"], ["02", "00"])
 
 
 def test_pictures_are_image_truth_prediction_and_error(reader: BinaryFolders) -> None:
-    gallery = Gallery(binary_masks, Score())
+    gallery = Gallery(binary_results, Score())
     look_at(gallery, reader, [4], [0.5])
-    (picture,), _ = gallery.collect(World.alone(), reader, binary_panels)
+    (picture,), _ = gallery.collect(World.alone(), reader, panels)
     sample = reader.read(4)
     assert list(picture.panels) == ["image", "truth", "prediction", "error"]
     assert {panel.shape for panel in picture.panels.values()} == {sample.frames[0].shape}
@@ -95,9 +100,9 @@ def test_a_large_image_is_shown_small(tmp_path: Path) -> None:
         (tmp_path / "val" / kind).mkdir(parents=True)
         Image.fromarray(pixels).save(tmp_path / "val" / kind / "a.png")
     reader = BinaryFolders(str(tmp_path / "val"))
-    gallery = Gallery(binary_masks, Score())
+    gallery = Gallery(binary_results, Score())
     look_at(gallery, reader, [0], [0.5])
-    (picture,), _ = gallery.collect(World.alone(), reader, binary_panels)
+    (picture,), _ = gallery.collect(World.alone(), reader, panels)
     assert {panel.shape for panel in picture.panels.values()} == {(256, SIDE, 3)}
 
 
@@ -105,10 +110,10 @@ def collect_on_rank(rank: int, folder: str, root: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     reader = BinaryFolders(root)
-    gallery = Gallery(binary_masks, Score(), count=3)
+    gallery = Gallery(binary_results, Score(), count=3)
     mine = list(range(rank, 7, 2))
     look_at(gallery, reader, mine, [SCORES[i] for i in mine])
-    best, worst = gallery.collect(World(rank, rank, 2, torch.device("cpu")), reader, binary_panels)
+    best, worst = gallery.collect(World(rank, rank, 2, torch.device("cpu")), reader, panels)
     torch.save([names(best), names(worst)], f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

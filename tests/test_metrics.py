@@ -21,7 +21,8 @@ from metrics.pair import Pair
 from metrics.saliency import s_measure, s_measure_birefnet, weighted_f
 from metrics.scores import GROUPS, SCORES, field_scores
 from metrics.skeleton import skeleton
-from tasks.binary import binary_masks
+from samples import SampleInfo
+from tasks.binary import binary_results
 
 NAMES = {"jaccard", "dice", "iou", "bce_accuracy", "ssim", "mae"}
 
@@ -204,7 +205,7 @@ def test_the_field_is_scored_on_the_mask_that_inference_writes() -> None:
     metric.update({"logits": logits}, batch_of(torch.zeros(2, 1, 12, 16), originals))
     assert [set(row.scores) >= NAMES for row in metric.rows] == [True, True]  # at once
     metric.reduce()
-    written = binary_masks({"logits": logits}, [(33, 41), (20, 17)])
+    written = binary_results({"logits": logits}, [SampleInfo("", "", "", size) for size in ((33, 41), (20, 17))])
     for row, mask, alpha in zip(metric.rows, written, originals, strict=True):
         scores, curves = field_scores(mask, alpha.numpy(), SCORES)
         # Whether one thread or many, and in which order they end, changes no bit.

@@ -15,7 +15,8 @@ from PIL import Image
 import checkpoint
 from colors import palette
 from errors import UserError
-from tasks import get_task
+from samples import Sample
+from tasks import Scored, get_task
 from tasks.semantic import draw_semantic, semantic_panels
 from tests.helpers import (
     SEGFORMER,
@@ -171,7 +172,8 @@ def test_a_legend_names_what_is_there_and_fits() -> None:
 def test_panels_tell_right_wrong_and_ignored_apart() -> None:
     truth = np.array([[0, 1, 255]], np.uint8).repeat(10, 0).repeat(10, 1)
     labels = np.zeros_like(truth)
-    panels = semantic_panels(np.full((10, 30, 3), 100, np.uint8), truth, labels)
+    image = np.full((10, 30, 3), 100, np.uint8)
+    panels = semantic_panels(Scored(Sample([image], truth), image, labels, ["a", "b"], {}))
     assert list(panels) == ["image", "truth", "prediction", "error"]
     right, wrong, ignored = (panels["error"][5, x].astype(int) for x in (5, 15, 25))
     assert right[1] > right[0]
