@@ -308,7 +308,7 @@ def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
     The averaged weights are used where the run kept some. An official weights file is accepted too: family and
     settings are then inferred from its keys. Raises `CheckpointError`.
     """
-    from models import create_model, infer_family
+    from models import FAMILIES, create_model, infer_family
 
     file = find_checkpoint(path)
     content = load_weights(file)
@@ -327,7 +327,9 @@ def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
         report = model.load_official(content)
         if report.missing or report.reshaped:
             raise CheckpointError(f"{file} does not fit {family}: {report.summary()}")
-        meta = {"family": family, "settings": settings, "task": "binary", "size": None, "experiment_name": file.stem}
+        task = next(iter(FAMILIES[family].criteria))
+        meta = {"family": family, "settings": settings, "task": task, "size": model.default_size,
+                "class_names": model.official_class_names, "experiment_name": file.stem}  # fmt: skip
     return model.eval(), meta
 
 
@@ -357,6 +359,7 @@ class RunState:
     best_step: int = -1
     waited: int = 0
     base: dict[str, float] = field(default_factory=dict)  # metrics of the trained model that the run started from
+    validation: dict[str, float] = field(default_factory=dict)  # metrics of the last validation
 
     @property
     def applied(self) -> int:

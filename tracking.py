@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from checkpoint import write_text
 from gallery import Picture
+from tables import Cell, Column, Table, number, to_console
 
 COLORS = {"red": Fore.RED, "green": Fore.GREEN, "cyan": Fore.CYAN, "blue": Fore.BLUE}
+CLASS_ROWS = 30  # of the console's table
 TIMES = ("data", "host", "device", "communication")
 TIMINGS = ("time", "steps_per_second", *(f"time_{name}" for name in TIMES))
 
@@ -246,6 +248,8 @@ class Console(Callback):
         self.log.say([f"{what}: {fields[0]}", *fields[1:]])
         if record.primary in base:
             self.log.say(compared(record))
+        if record.per_class:
+            self.log.say(to_console(class_table(record.per_class), width=120))
 
 
 def legend(labels: list[tuple[str, str]]) -> list[list[str]]:
@@ -273,6 +277,23 @@ def step_fields(record: StepRecord, labels: list[tuple[str, str]]) -> list[str]:
     if record.times:
         fields.append(f"T: {_counts({name: round(100 * record.times[name]) for name in TIMES})}")
     return [f"E{record.epoch} - {record.step_in_epoch}/{record.steps_per_epoch} - {fields[0]}", *fields[1:]]
+
+
+def class_table(classes: list[dict[str, Any]]) -> Table:
+    """The scores of each class; of many those of the weakest, which are the ones to look into."""
+    names = [name for name in classes[0] if name != "name"]
+
+    def weakness(row: dict[str, Any]) -> float:
+        return math.inf if math.isnan(row[names[0]]) else row[names[0]]
+
+    shown = classes if len(classes) <= CLASS_ROWS else sorted(classes, key=weakness)[:CLASS_ROWS]
+    title = "classes" if shown is classes else f"the weakest {CLASS_ROWS} of {len(classes)} classes (all: report.html)"
+    table = Table(title, [Column("class"), *map(Column, names)])
+    for row in shown:
+        texts = [number(value, 3) if isinstance(value := row[name], float) else str(value) for name in names]
+        values = zip((row[name] for name in names), texts, strict=True)
+        table.rows.append([Cell(str(row["name"])), *(Cell(value, text) for value, text in values)])
+    return table
 
 
 def compared(record: ValidationRecord) -> str:

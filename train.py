@@ -387,7 +387,7 @@ def validate(run: Run) -> dict[str, float]:
         state.best, state.best_step, state.waited = value, state.step, 0
     else:
         state.waited += 1
-    state.validated_step = state.step
+    state.validated_step, state.validation = state.step, values
     run.schedule.on_validation(value, higher)
     tell_validation(run, metric, values, gallery, is_best=is_best)
     return values
@@ -528,6 +528,8 @@ def model_meta(run: Run) -> dict[str, Any]:
         "size": list(config.data.size),
         "normalize": config.data.normalize,
         "class_names": run.class_names,
+        "class_ids": list(run.train_loader.dataset.reader.class_ids),
+        "validation": run.state.validation,
         "experiment_name": config.experiment_name,
         "config": as_dict(config),
     }

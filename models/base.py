@@ -6,7 +6,7 @@ A family subclasses `Model`, writes `forward`, and ends its file with a table fr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -65,6 +65,8 @@ class Model(nn.Module):
     drop_path_shares: list[float]
     stride: int = 1  # height and width of the input must be multiples of it
     encoder: str = ""  # prefix of the names of the pretrained encoder's parameters
+    default_size: tuple[int, int] | None = None  # (width, height) of the input that official weights were trained on
+    official_class_names: Sequence[str] = ()  # of official weights of these settings, where they are published
 
     # --- evaluation -------------------------------------------------------------------------------------------
 

@@ -46,6 +46,7 @@ class Reader(ABC):
 
     faults: Sequence[Fault] = ()
     class_names: Sequence[str] = ()
+    class_ids: Sequence[int | str] = ()  # of these in the data's own files, where results are written with them
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -107,7 +108,7 @@ class Subset(Reader):
     def __init__(self, reader: Reader, indices: Sequence[int], *, faults: Sequence[Fault] | None = None):
         self.reader, self.indices = reader, list(indices)
         self.faults = reader.faults if faults is None else faults
-        self.class_names = reader.class_names
+        self.class_names, self.class_ids = reader.class_names, reader.class_ids
 
     def __len__(self) -> int:
         return len(self.indices)

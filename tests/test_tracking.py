@@ -17,6 +17,7 @@ import pytest
 
 import tracking
 from settings import LoggingSettings
+from tables import to_console
 from tasks import get_task
 from tasks.binary import binary_color
 from tracking import (
@@ -27,6 +28,7 @@ from tracking import (
     RunInfo,
     StepRecord,
     ValidationRecord,
+    class_table,
     compared,
     fold,
     legend,
@@ -278,3 +280,14 @@ def read(terminal: int) -> bytes:
         return os.read(terminal, 65536)
     except OSError:
         return b""
+
+
+def test_of_many_classes_the_weakest_are_shown() -> None:
+    rows = [{"name": f"class {i}", "iou": math.nan if i == 3 else i / 50, "objects": i} for i in range(40)]
+    few, many = (to_console(class_table(rows[:count]), width=120).splitlines() for count in (4, 40))
+    assert [line.split() for line in few[2:]] == [
+        ["class", "iou", "objects"],
+        *[["class", str(i), "-" if i == 3 else f"{i / 50:.3f}", str(i)] for i in range(4)],
+    ]
+    assert "weakest 30 of 40" in many[0]
+    assert [line.split()[1] for line in many[3:]] == [str(i) for i in range(31) if i != 3]
