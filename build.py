@@ -25,7 +25,7 @@ from mixing import Mix
 from models import LoadReport, create_criterion, create_model
 from optim import build_optimizer
 from readers import Cached, Fault, Reader, check, drop, fail_on, limit, split
-from tasks import Task
+from tasks import MetricOptions, Task
 from tracking import Log
 from transforms import Augment
 from utils import World, loading_workers
@@ -38,7 +38,7 @@ def build_readers(config: Config, task: Task, world: World, log: Log) -> tuple[R
     data = config.data
     root, train_spec, val_spec = data.root or None, data.train, data.val
     if config.is_demo:
-        root, train_spec, val_spec = task.demo_root(), "train", "val"
+        root, (train_spec, val_spec) = task.demo_root(), task.demo_specs
         log.say("training on the demo data that this program draws itself; name your own with --data.train")
     if not train_spec:
         raise UserError(f"no training data: name it with --data.train path/to/set ({task.layout})")
@@ -182,6 +182,12 @@ def build_mix(config: Config, task: Task) -> Mix | None:
 
 
 # ---------------------------------------------------------------- model, criterion, optimizer
+
+
+def build_metric(config: Config, task: Task, class_names: Sequence[str], names: Sequence[str] = ()) -> Any:
+    """A fresh metric of the task, with the scores that are asked for beside its own."""
+    options = MetricOptions(getattr(config.model, "masks", True), config.evaluation.max_detections)
+    return task.metric(names or config.evaluation.metrics, class_names, options)
 
 
 def settle_classes(config: Config, task: Task, reader: Reader) -> None:

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from build import build_eval_loader, check_size, find_faults
+from build import build_eval_loader, build_metric, check_size, find_faults
 from checkpoint import RunFolder, load_model
 from compare import comparison_tables
 from config import load as load_config
@@ -101,7 +101,7 @@ def score_checkpoint(
     metric = evaluate(
         model.to(world.device),
         build_eval_loader(reader, task, config, world),
-        task.metric(metric_names(task, config, options), reader.class_names),
+        build_metric(config, task, reader.class_names, metric_names(task, config, options)),
         world=world,
         precision=choose_precision(config.train.mixed_precision, world.device),
         tta=config.evaluation.scales,
@@ -134,7 +134,7 @@ def read_test_sets(config: Config, meta: dict[str, Any], task: Task, world: Worl
     """The samples to score on, every one decoded once to be sure of it: `data.test`, else what the run validated on."""
     root, spec = config.data.root, config.data.test or config.data.val
     if config.is_demo:
-        root, spec = task.demo_root(), "val"
+        root, spec = task.demo_root(), task.demo_specs[1]
     reader = task.reader(spec, root=root or None, class_names=meta.get("class_names"), images=config.data.images)
     if (root, spec) not in faults:
         faults[root, spec] = find_faults([reader], world, config.logging.progress and sys.stderr.isatty())[0]
@@ -159,7 +159,7 @@ def score_masks(path: str, options: EvaluateSettings, config: Config, world: Wor
     progress = config.logging.progress and sys.stderr.isatty()
     reader = without_faults(masks, find_faults([masks], world, progress)[0], config)
     task = get_task(config.task)
-    metric = task.metric(metric_names(task, config, options), [])
+    metric = build_metric(config, task, [], metric_names(task, config, options))
     indices = range(world.rank, len(reader), world.size)
     for index in tqdm(indices, desc=path, unit="mask", leave=False, disable=not (progress and world.is_main_process)):
         sample = reader.read(index)

@@ -2,7 +2,8 @@
 
 Inputs are images, videos, folders (all below them, structure kept) and quoted patterns. Each image gets a mask of its
 own size, `out/masks/<name>.png`, and what else is asked for; a video gets a video of each; objects of all of them are
-listed in `out/results.json`. A file that cannot be read is reported at the end, and the others go on. From Python:
+listed in `out/results_bbox.json` and `out/results_segm.json`, as COCO results. A file that cannot be read is reported
+at the end, and the others go on. From Python:
 
     predictor = Predictor(*load_model(Path("runs/my_run")), tta=[1.0])
     for frame, result in predictor.stills(ImageList(["photos"])):
@@ -91,13 +92,13 @@ def run(settings: InferenceSettings) -> list[Fault]:
     prepare_output(output, kinds, settings, images)
     draw = partial(draw_outputs, task=task, kinds=kinds, class_names=predictor.class_names)
     with ExitStack() as files:
-        records = files.enter_context(JsonList(output / "results.json")) if task.objects else None
-        stills = noted(predictor.stills(images, loading_workers(settings.num_workers)), predictor, records)
+        note = partial(noted, predictor=predictor, output=output, lists={}, files=files)
+        stills = note(predictor.stills(images, loading_workers(settings.num_workers)))
         faults = write_stills(with_bar(stills, "images", len(images)), output, draw) if len(images) else []
         for name, path in images.videos.items():
             try:
                 video = VideoReader(path)
-                frames = noted(predictor.frames(video, name), predictor, records, is_video=True)
+                frames = note(predictor.frames(video, name), is_video=True)
                 write_video(with_bar(frames, name, video.count), output, name, video.rate, draw)
             except DataError as error:
                 faults.append(error.fault)
@@ -107,17 +108,27 @@ def run(settings: InferenceSettings) -> list[Fault]:
 
 
 def noted(
-    predictions: Iterator[Prediction], predictor: Predictor, records: JsonList | None, *, is_video: bool = False
+    predictions: Iterator[Prediction],
+    *,
+    predictor: Predictor,
+    output: Path,
+    lists: dict[str, JsonList],
+    files: ExitStack,
+    is_video: bool = False,
 ) -> Iterator[Prediction]:
-    """The same, with the objects of each picture written down as COCO results.
+    """The same, with the objects of each picture written into `lists` of COCO results, one for each kind.
 
     The image id is the number that the file is called by, as COCO's are, else its name; a frame's has its number.
     """
+    objects = predictor.task.objects
     for number, (frame, result) in enumerate(predictions, 1):
-        if records and predictor.task.objects and not isinstance(result, Fault):
+        if objects and not isinstance(result, Fault):
             name = f"{frame.info.sample_id}/{number:06d}" if is_video else frame.info.sample_id
             image_id = int(name) if name.isascii() and name.isdigit() else name
-            records.extend(predictor.task.objects.records(result, image_id, predictor.class_ids))
+            for kind, records in objects.records(result, image_id, predictor.class_ids).items():
+                if kind not in lists:
+                    lists[kind] = files.enter_context(JsonList(output / f"results_{kind}.json"))
+                lists[kind].extend(records)
         yield frame, result
 
 

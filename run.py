@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from build import (
     build_criterion,
     build_loaders,
+    build_metric,
     build_model,
     build_optimizer_for,
     build_readers,
@@ -103,7 +104,7 @@ class Run:
 
     def metric(self) -> Any:
         """A fresh metric of the task."""
-        return self.task.metric(self.config.evaluation.metrics, self.class_names)
+        return build_metric(self.config, self.task, self.class_names)
 
     @property
     def class_names(self) -> list[str]:
@@ -311,7 +312,7 @@ def wrap_model(run: Run) -> nn.Module:
 
 def best_metric(config: Config, task: Task) -> str:
     """The metric that chooses best.pth; one that is not measured is a `UserError`."""
-    metric = task.metric(config.evaluation.metrics, [])
+    metric = build_metric(config, task, [])
     name = config.checkpoint.monitor.removeprefix("val/") or metric.primary
     if name not in metric.higher_is_better:
         known = ", ".join(f"val/{key}" for key in metric.higher_is_better)

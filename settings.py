@@ -152,6 +152,22 @@ class SemanticLossSettings(LossSettings):
 
 
 @dataclass
+class InstanceLossSettings(LossSettings):
+    """The terms of `instance`: class, box, giou, mask, dice."""
+
+    weights: dict[str, float] = setting(
+        {"class": 1.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}, "weight of each term by name", min=0
+    )
+    matching: dict[str, float] = setting(
+        {"class": 2.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}, "weight of each cost of a match", min=0
+    )
+    focal_alpha: float = setting(
+        0.25, "exponent of p in the class target p^alpha * IoU^(1 - alpha); weight of positives in matching", min=0, max=1
+    )
+    point_ratio: int = setting(16, "pixels of the predicted masks for each point that is looked at", min=1)
+
+
+@dataclass
 class OptimizerSettings:
     """How the weights move."""
 
@@ -233,6 +249,7 @@ class EvaluationSettings:
     batch_size: int = setting(0, "samples per device; 0: the training batch size", min=0)
     tta: bool = setting(False, "test-time augmentation: average over tta_scales and their mirror images")
     tta_scales: list[float] = setting([0.75, 1.0, 1.25], "scales of tta; 1 alone is a flip alone", min=0.1, max=4)
+    max_detections: int = setting(100, "instance: objects of an image that are scored, the surest", min=1)
 
     @property
     def scales(self) -> list[float]:
@@ -253,6 +270,9 @@ class LoggingSettings:
     red_below_miou: float = setting(0.3, "semantic: red when mIoU is below", volatile=True)
     green_above_accuracy: float = setting(0.9, "semantic: green when the pixel accuracy is above", volatile=True)
     cyan_above_miou: float = setting(0.7, "semantic: cyan when mIoU is above this as well", volatile=True)
+    red_below_iou: float = setting(0.5, "instance: red when the IoU of masks (or boxes) is below", volatile=True)
+    green_above_class_accuracy: float = setting(0.9, "instance: green when so many classes are right", volatile=True)
+    cyan_above_iou: float = setting(0.8, "instance: cyan when the IoU is above this as well", volatile=True)
 
 
 @dataclass
@@ -312,7 +332,11 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 # The loss section of each task.
-TASK_SETTINGS: dict[str, type[LossSettings]] = {"binary": BinaryLossSettings, "semantic": SemanticLossSettings}
+TASK_SETTINGS: dict[str, type[LossSettings]] = {
+    "binary": BinaryLossSettings,
+    "semantic": SemanticLossSettings,
+    "instance": InstanceLossSettings,
+}
 
 
 @dataclass

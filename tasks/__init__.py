@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from errors import UserError, nearest
-from tasks.base import Scored, Task
+from tasks.base import MetricOptions, Scored, Task
 from tasks.binary import BINARY
 from tasks.semantic import SEMANTIC
 
-__all__ = ["TASKS", "Scored", "Task", "get_task"]
+__all__ = ["TASKS", "MetricOptions", "Scored", "Task", "get_task"]
 
 TASKS = {task.name: task for task in (BINARY, SEMANTIC)}
 

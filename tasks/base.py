@@ -15,6 +15,14 @@ from samples import Sample
 
 
 @dataclass(frozen=True)
+class MetricOptions:
+    """What else a metric may depend on."""
+
+    has_masks: bool = True  # whether the model's objects have more than boxes
+    max_detections: int = 100  # of an image, that are scored
+
+
+@dataclass(frozen=True)
 class Scored:
     """A validated sample to draw."""
 
@@ -33,8 +41,8 @@ class ObjectOutputs:
     """(meta of a checkpoint, threshold or None for its own, top k) -> keyword arguments of the task's `results`"""
     crops: Callable[[np.ndarray, Any, Sequence[str]], Iterator[tuple[str, np.ndarray]]]
     """(image, result, class names) -> a name and a picture of each object"""
-    records: Callable[[Any, int | str, Sequence[Any]], list[dict[str, Any]]]
-    """(result, image id, category ids) -> COCO results"""
+    records: Callable[[Any, int | str, Sequence[Any]], dict[str, list[dict[str, Any]]]]
+    """(result, image id, category ids) -> COCO results for `bbox` and `segm`, the kinds of evaluation"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Task:
     collate_targets: Callable[[list[Any]], Any]
     num_classes: Callable[[Reader], int]  # of a model for the data, where it has such a setting
     loss_settings: Callable[[Mapping[str, Any], Reader], dict[str, Any]]  # (loss settings, training data) -> arguments
-    metric: Callable[[Sequence[str], Sequence[str]], Any]  # (names beside its own, class names) -> metric
+    metric: Callable[[Sequence[str], Sequence[str], MetricOptions], Any]  # (names beside its own, class names, …)
     batch_scores: Callable[[Mapping[str, Any], Any], dict[str, Tensor]]  # (outputs, batch) -> 0-dim, on the device
     augment: list[dict[str, Any]]  # the official recipe
     mixes: tuple[str, ...]  # ways in which the samples of a batch may be mixed
@@ -62,8 +70,9 @@ class Task:
     cut_out: Callable[[np.ndarray, Any], np.ndarray] | None  # (image, result) -> RGBA, where results are alpha
     panels: Callable[[Scored], dict[str, np.ndarray]]  # a validated sample -> pictures of one size by name
     panel_notes: dict[str, str]  # what the colours of a panel mean
-    write_demo: Callable[[Path], Path]  # draws the demo data into a folder with train/ and val/
+    write_demo: Callable[[Path], Path]  # draws the demo data into a folder
     test_metrics: tuple[str, ...] = ()  # what evaluate.py measures beside the task's own where nothing is chosen
+    demo_specs: tuple[str, str] = ("train", "val")  # the training and the validation set there
     mask: Callable[[Any], np.ndarray] = lambda result: result  # result -> (H, W) to be saved as a grey picture
     objects: ObjectOutputs | None = None  # where a result is a list of objects
 

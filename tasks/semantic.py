@@ -100,7 +100,7 @@ SEMANTIC = Task(
     collate_targets=collate_semantic,
     num_classes=lambda reader: len(reader.class_names),
     loss_settings=semantic_loss_settings,
-    metric=lambda names, class_names: SemanticMetric(names, class_names=class_names),
+    metric=lambda names, class_names, options: SemanticMetric(names, class_names=class_names),
     batch_scores=SemanticMetric.batch_scores,
     augment=OFFICIAL_SEMANTIC,
     mixes=("cutmix", "classmix", "mixup"),
