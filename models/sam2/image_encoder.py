@@ -1,0 +1,57 @@
+"""Images to features: the Hiera trunk and a neck that brings its maps to one width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import KeyTable
+
+WIDTH = 256  # channels of all features
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """timm's name of a Hiera trunk, and what tells its size from a checkpoint."""
+
+    name: str
+    width: int
+    blocks: int
+
+
+TRUNKS = {
+    "tiny": Trunk("sam2_hiera_tiny", 96, 12),
+    "small": Trunk("sam2_hiera_small", 96, 16),
+    "base_plus": Trunk("sam2_hiera_base_plus", 112, 24),
+    "large": Trunk("sam2_hiera_large", 144, 48),
+}
+
+
+class ImageEncoder(nn.Module):
+    """(B, 3, H, W), sides multiples of 32 → maps (B, 256, ·, ·) at strides 4, 8 and 16."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        # Built with some stochastic depth whatever the rate, so that a schedule can raise it later.
+        net: Any = timm.create_model(TRUNKS[variant].name, features_only=True, drop_path_rate=0.1)
+        self.trunk = net.model
+        channels = [info["num_chs"] for info in self.trunk.feature_info]
+        self.neck = nn.ModuleList(nn.Conv2d(count, WIDTH, 1) for count in reversed(channels))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        finest, finer, coarse, coarsest = self.trunk.forward_intermediates(images, intermediates_only=True)
+        top = F.interpolate(self.neck[0](coarsest).float(), scale_factor=2.0, mode="nearest")
+        return self.neck[3](finest), self.neck[2](finer), self.neck[1](coarse) + top
+
+    def official_keys(self) -> KeyTable:
+        table = [(f"trunk.{part}", f"trunk.{part}") for part in ("pos_embed", "pos_embed_window", "patch_embed")]
+        for i in range(len(self.trunk.blocks)):
+            block = f"trunk.blocks.{i}"
+            table += [(f"{block}.{part}", f"{block}.{part}") for part in ("norm1", "attn", "norm2")]
+            table += [(f"{block}.mlp.layers.{j}", f"{block}.mlp.fc{j + 1}") for j in range(2)]
+            table += [(f"{block}.proj", f"{block}.proj")]
+        return table + [(f"neck.convs.{i}.conv", f"neck.{i}") for i in range(4)]

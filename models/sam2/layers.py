@@ -1,0 +1,58 @@
+"""What several parts are made of."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm2d(nn.Module):
+    """Layer norm over the channels of (B, C, H, W). No `nn.LayerNorm`, since weight decay tells the two apart."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, 1e-6)
+        return x.permute(0, 3, 1, 2)
+
+
+class Mlp(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, width_in: int, width: int, width_out: int, depth: int) -> None:
+        super().__init__()
+        widths = [width_in, *[width] * (depth - 1), width_out]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class Attention(nn.Module):
+    """Attention of (B, N, C) queries over (B, M, ·) keys and values, computed `inner` channels wide."""
+
+    def __init__(self, dim: int, inner: int, heads: int, key_dim: int | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q_proj = nn.Linear(dim, inner)
+        self.k_proj = nn.Linear(key_dim or dim, inner)
+        self.v_proj = nn.Linear(key_dim or dim, inner)
+        self.out_proj = nn.Linear(inner, dim)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.attend(self.q_proj(query), self.k_proj(key), self.v_proj(value))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same of what is projected already."""
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
