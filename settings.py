@@ -33,6 +33,11 @@ BIREFNET_BACKBONES = Literal[
 ]  # fmt: skip
 
 
+RFDETR_VARIANTS = Literal[
+    "nano", "small", "medium", "large", "xlarge", "2xlarge", "preview", "base", "large_deprecated",
+]  # fmt: skip
+
+
 @dataclass
 class BiRefNetSettings:
     """BiRefNet (Zheng et al., 2024). The defaults are the official ones but for the smaller backbone."""
@@ -76,6 +81,27 @@ class SegFormerSettings:
     drop_path: float = setting(0.1, "stochastic depth of the encoder", min=0, max=1)
     dropout: float = setting(0.1, "dropout of channels before the classifier", min=0, max=1)
     norm_eps: float = setting(1e-5, "epsilon of most layer norms: 1e-5 as Hugging Face, 1e-6 as NVlabs", min=0)
+
+
+@dataclass
+class RFDETRSettings:
+    """RF-DETR (Robinson et al., 2025), with masks or without. The defaults are the official ones."""
+
+    family: Literal["rfdetr"] = setting("rfdetr", "the model family")
+    pretrained: str = setting(
+        "none", "none, backbone, official, a weights file, or hf-hub:owner/name to start from", path="file"
+    )
+    variant: RFDETR_VARIANTS = setting(
+        "nano", "the size: nano to large; with masks also xlarge, 2xlarge, preview; without base, large_deprecated"
+    )
+    num_classes: int = setting(0, "classes; 0: as many as the data has", min=0)
+    masks: bool = setting(True, "a mask for each object; --no-model.masks: boxes alone")
+    mask_head: Literal["official", "fpn"] = setting("official", "the mask head; fpn: on a pyramid of encoder maps")
+    num_queries: int = setting(0, "objects that an image can have at most; 0: the size's own, 100 to 300", min=0)
+    groups: int = setting(13, "groups of queries in training, each matched by itself", min=1)
+    position_side: int = setting(0, "side of the encoder's table of positions, in patches; 0: the size's own", min=0)
+    drop_path: float = setting(0.0, "stochastic depth of the encoder", min=0, max=1)
+    dropout: float = setting(0.0, "dropout in the decoder", min=0, max=1)
 
 
 @dataclass
@@ -162,7 +188,10 @@ class InstanceLossSettings(LossSettings):
         {"class": 2.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}, "weight of each cost of a match", min=0
     )
     focal_alpha: float = setting(
-        0.25, "exponent of p in the class target p^alpha * IoU^(1 - alpha); weight of positives in matching", min=0, max=1
+        0.25,
+        "exponent of p in the class target p^alpha * IoU^(1 - alpha); weight of positives in matching",
+        min=0,
+        max=1,
     )
     point_ratio: int = setting(16, "pixels of the predicted masks for each point that is looked at", min=1)
 
@@ -318,7 +347,11 @@ class DistributedSettings:
 
 # A family's row here, one in models/__init__.py and its file are all that a family is. What it changes of the defaults
 # stands below it; `task` there is the one that it does where none is named.
-FAMILY_SETTINGS: dict[str, type] = {"birefnet": BiRefNetSettings, "segformer": SegFormerSettings}
+FAMILY_SETTINGS: dict[str, type] = {
+    "birefnet": BiRefNetSettings,
+    "segformer": SegFormerSettings,
+    "rfdetr": RFDETRSettings,
+}
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "birefnet": {"task": "binary"},
     "segformer": {
@@ -328,6 +361,18 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "optimizer.backbone_lr_scale": 0.1,
         "scheduler.name": "poly",
         "scheduler.power": 1.0,
+    },
+    "rfdetr": {
+        "task": "instance",
+        "data.size": [312, 312],  # of the default size; the others' is in models/rfdetr/variants.py
+        "optimizer.lr": 1e-4,  # 0.7 of it for the decoder
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.backbone_lr_scale": 0.735,  # 1.5e-4 for the encoder, times 0.7 squared
+        "optimizer.layer_decay": 0.8,
+        "scheduler.name": "step",
+        "scheduler.epochs": [100],
+        "train.max_grad_norm": 0.1,
+        "train.ema_decay": 0.993,
     },
 }
 

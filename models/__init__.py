@@ -28,6 +28,7 @@ FAMILIES: dict[str, Family] = {
         "models.segformer.SegFormer",
         {"semantic": "semantic_loss.SemanticCriterion", "binary": "loss.BinaryCriterion"},
     ),
+    "rfdetr": Family("models.rfdetr.model.RFDETR", {"instance": "instance_loss.InstanceCriterion"}),
 }
 
 

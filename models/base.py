@@ -266,7 +266,7 @@ def key_pairs(names: Iterable[str], table: KeyTable) -> dict[str, str]:
     }
 
 
-def checkpointed(module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def checkpointed(module: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Run a module and recompute it in backward, without counting its batch twice in BatchNorm's statistics."""
     if torch.compiler.is_compiling():  # the compiler never repeats the update of a buffer
         return checkpoint(module, *inputs, use_reentrant=False)
