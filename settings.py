@@ -187,12 +187,7 @@ class InstanceLossSettings(LossSettings):
     matching: dict[str, float] = setting(
         {"class": 2.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}, "weight of each cost of a match", min=0
     )
-    focal_alpha: float = setting(
-        0.25,
-        "exponent of p in the class target p^alpha * IoU^(1 - alpha); weight of positives in matching",
-        min=0,
-        max=1,
-    )
+    focal_alpha: float = setting(0.25, "exponent of p in the class target: p^alpha * IoU^(1 - alpha)", min=0, max=1)
     point_ratio: int = setting(16, "pixels of the predicted masks for each point that is looked at", min=1)
 
 
