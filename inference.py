@@ -235,8 +235,10 @@ class Predictor:
         self.class_ids: list[Any] = meta.get("class_ids") or []
         self.results = self.task.results
         if self.task.objects:
-            if tta or tile:
-                raise UserError(f"--tta and --tile are for tasks with a class in each pixel, not for {self.task.name}")
+            if tile:
+                raise UserError(
+                    f"--tile is for tasks with a class in each pixel, not for {self.task.name}; leave it out"
+                )
             self.results = partial(self.results, **self.task.objects.options(meta, threshold, top_k))
         self.statistics: str = meta.get("normalize", "imagenet")
         self.device = pick_device(device)

@@ -8,14 +8,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from samples import Batch, Size
+
+LIKE = 0.5  # IoU from which on boxes in two views are of one object
 
 # ---------------------------------------------------------------- test-time augmentation
 
@@ -28,8 +32,10 @@ def predict(model: Any, batch: Batch, tta: Sequence[float] = ()) -> dict[str, Te
     """
     if not tta:
         return model.predict(batch)
-    maps = [probabilities for scale in tta for probabilities in mirrored_pair(model, batch, scale)]
-    return {"logits": logits_of(torch.stack(maps).mean(0))}
+    views = [view for scale in tta for view in mirrored_pair(model, batch, scale)]
+    if "boxes" in views[0].outputs:
+        return average_objects([view.outputs for view in views])
+    return {"logits": logits_of(torch.stack([plain_map(view, batch.images.shape[-2:]) for view in views]).mean(0))}
 
 
 def probabilities_of(logits: Tensor) -> Tensor:
@@ -42,16 +48,70 @@ def logits_of(probabilities: Tensor) -> Tensor:
     return torch.logit(probabilities) if probabilities.shape[1] == 1 else probabilities.log()
 
 
-def mirrored_pair(model: Any, batch: Batch, scale: float) -> list[Tensor]:
-    """Probabilities of the scaled images and of their mirror images, both the right way round and at the plain size."""
-    size = batch.images.shape[-2:]
-    scaled = resize(batch.images, [max(1, round(side * scale / model.stride)) * model.stride for side in size])
-    maps = []
-    for flips in ([], [-1]):
-        logits = model.predict(Batch(scaled.flip(flips), None, batch.samples))["logits"]
-        reduction = scaled.shape[-1] // logits.shape[-1]
-        maps.append(resize(probabilities_of(logits).flip(flips), [side // reduction for side in size]))
-    return maps
+@dataclass
+class View:
+    """What a model says of scaled images, the right way round."""
+
+    outputs: dict[str, Tensor]
+    width: int  # of the scaled images
+
+
+def mirrored_pair(model: Any, batch: Batch, scale: float) -> list[View]:
+    """The views of the scaled images and of their mirror images."""
+    sides = [max(1, round(side * scale / model.stride)) * model.stride for side in batch.images.shape[-2:]]
+    scaled = resize(batch.images, sides)
+    straight = model.predict(Batch(scaled, None, batch.samples))
+    mirrored = mirror_back(model.predict(Batch(scaled.flip(-1), None, batch.samples)))
+    return [View(straight, sides[1]), View(mirrored, sides[1])]
+
+
+def mirror_back(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs for the mirror images of mirror images: maps (B, C, h, w) and `boxes`, whose first value is x."""
+    turned = {name: value.flip(-1) if value.ndim == 4 else value for name, value in outputs.items()}
+    if "boxes" in outputs:
+        x, rest = outputs["boxes"].split((1, 3), -1)
+        turned["boxes"] = torch.cat([1 - x, rest], -1)
+    return turned
+
+
+def plain_map(view: View, size: Sequence[int]) -> Tensor:
+    """A view's probabilities at the size of the output for unscaled images of this size."""
+    logits = view.outputs["logits"]
+    reduction = view.width // logits.shape[-1]
+    return resize(probabilities_of(logits), [side // reduction for side in size])
+
+
+def average_objects(views: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The objects of the first view, with the mean probabilities, box and mask of themselves and their likes elsewhere.
+
+    An object's like is the one that overlaps it most. Where that is by less than half, its class probabilities there
+    are 0, and box and mask are those of the others.
+
+    Args:
+        views: logits (B, Q, C), boxes (B, Q, 4) center x, center y, width, height, perhaps masks (B, Q, h, w), with any
+            number of queries and any size of masks; what comes back is of the size of the first.
+    """
+    first, *others = views
+    classes, boxes = first["logits"].sigmoid(), first["boxes"].clone()
+    weights = torch.ones_like(boxes[..., :1])
+    masks = first["masks"].sigmoid() if "masks" in first else None
+    for view in others:
+        overlap, like = box_overlaps(first["boxes"], view["boxes"]).max(-1)
+        there, like = (overlap >= LIKE).to(boxes).unsqueeze(-1), like.unsqueeze(-1)
+        classes += there * view["logits"].sigmoid().take_along_dim(like, 1)
+        boxes += there * view["boxes"].take_along_dim(like, 1)
+        weights += there
+        if masks is not None:
+            seen = resize(view["masks"].sigmoid(), masks.shape[-2:]).take_along_dim(like.unsqueeze(-1), 1)
+            masks += there.unsqueeze(-1) * seen
+    averaged = {"logits": torch.logit(classes / len(views)), "boxes": boxes / weights}
+    return averaged if masks is None else {**averaged, "masks": torch.logit(masks / weights.unsqueeze(-1))}
+
+
+def box_overlaps(a: Tensor, b: Tensor) -> Tensor:
+    """(B, N, M) IoU of boxes (B, N, 4) and (B, M, 4), center x, center y, width, height."""
+    corners = [torch.cat([box[..., :2] - box[..., 2:] / 2, box[..., :2] + box[..., 2:] / 2], -1) for box in (a, b)]
+    return torch.stack([box_iou(one, other) for one, other in zip(*corners, strict=True)])
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:

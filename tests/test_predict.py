@@ -88,6 +88,45 @@ def test_small_outputs_keep_the_plain_outputs_size() -> None:
     assert predict(model, Batch.from_images(noise(1, 3, 64, 96)), [0.75, 1.25])["logits"].shape == (1, 1, 16, 24)
 
 
+class Finding(Answering):
+    """A model that finds bright objects: a query for the left half of the images and one for the right, told apart by
+    their columns; in mirror images it is surer, and its boxes are a little larger."""
+
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        images = batch.images
+        self.asked.append(tuple(images.shape[-2:]))
+        halves = images.mean(1).chunk(2, -1)
+        is_mirrored = len(self.asked) % 2 == 0
+        logits = torch.stack([half.amax((1, 2)) for half in halves], 1)[..., None] + is_mirrored
+        boxes = torch.tensor([[0.2, 0.5, 0.2, 0.4], [0.7, 0.5, 0.2, 0.4]])
+        if is_mirrored:
+            boxes = torch.tensor([[0.3, 0.5, 0.3, 0.4], [0.8, 0.1, 0.1, 0.1]])
+        masks = nn.functional.avg_pool2d(brightness(images), 4).expand(-1, 2, -1, -1)
+        return {"logits": logits, "boxes": boxes.expand(len(images), -1, -1), "masks": masks}
+
+
+def test_objects_are_averaged_with_their_likes_in_mirror_images() -> None:
+    images = torch.zeros(1, 3, 64, 96)
+    images[..., 20:30, 10:20], images[..., 20:30, 70:80] = 2.0, 3.0
+    plain = Finding(brightness).predict(Batch.from_images(images))
+    found = predict(Finding(brightness), Batch.from_images(images), [1.0])
+    # The right object is the left query's in the mirror image; the left one has no like there.
+    logistic = lambda logit: 1 / (1 + math.exp(-logit))  # noqa: E731
+    expected = torch.tensor([[logistic(2) / 2, (logistic(3) + logistic(4)) / 2]])
+    assert (found["logits"][..., 0].sigmoid() - expected).abs().max() < 1e-6
+    assert (found["boxes"] - torch.tensor([[[0.2, 0.5, 0.2, 0.4], [0.7, 0.5, 0.25, 0.4]]])).abs().max() < 1e-6
+    assert (found["masks"].sigmoid() - plain["masks"].sigmoid()).abs().max() < 1e-6
+    scaled = predict(Finding(brightness), Batch.from_images(images), [1.0, 0.75])
+    assert {name: value.shape for name, value in scaled.items()} == {n: v.shape for n, v in plain.items()}
+
+
+def test_a_box_without_an_area_is_left_alone() -> None:
+    model = Answering(brightness)
+    flat = {"logits": torch.zeros(1, 1, 2), "boxes": torch.tensor([[[0.5, 0.5, 0.0, 0.0]]])}
+    model.predict = lambda batch: {name: value.clone() for name, value in flat.items()}  # type: ignore[method-assign]
+    assert torch.equal(predict(model, Batch.from_images(noise(1, 3, 64, 64)), [1.0])["boxes"], flat["boxes"])
+
+
 # ---------------------------------------------------------------- tiles
 
 
