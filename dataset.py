@@ -27,9 +27,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from errors import UserError
+from layers import MAX_OBJECTS
 from readers import Reader
-from samples import Batch, BinaryTarget, Sample, SampleInfo, SampleKey, SemanticTarget, Size
-from transforms import resize
+from samples import (
+    Batch,
+    BinaryTarget,
+    InstanceTarget,
+    Objects,
+    Sample,
+    SampleInfo,
+    SampleKey,
+    SemanticTarget,
+    Size,
+)
+from transforms import content_size, resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -54,7 +65,8 @@ class Dataset(torch.utils.data.Dataset[Item]):
 
     `augment(sample, size, seed_sequence)` augments and resizes, as `transforms.Augment` does; None only resizes, and
     the targets then carry what evaluation needs of the original. `make_target(sample, original)` is the task's:
-    `sample` is at model size, `original` is the sample as read in evaluation and None in training.
+    `sample` is at model size, `original` is the sample as read in evaluation and None in training. With `pad` pictures
+    keep their aspect ratio, and the samples' `content` says how much of the input they take.
     """
 
     def __init__(
@@ -64,8 +76,10 @@ class Dataset(torch.utils.data.Dataset[Item]):
         make_target: Callable[[Sample, Sample | None], Any],
         augment: Callable[[Sample, Size, np.random.SeedSequence], Sample] | None = None,
         seed: int = 0,
+        pad: bool = False,
     ):
-        self.reader, self.make_target, self.augment, self.seed = reader, make_target, augment, seed
+        self.reader, self.make_target, self.augment = reader, make_target, augment
+        self.seed, self.pad = seed, pad
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -75,6 +89,8 @@ class Dataset(torch.utils.data.Dataset[Item]):
         sample = self._prepare(original, key)
         height, width = original.frames[0].shape[:2]
         info = SampleInfo(original.sample_id, original.path, original.dataset, (height, width))
+        if self.pad and self.augment is None:
+            info.content = content_size((height, width), key.size)
         target = None
         if sample.masks is not None:
             target = self.make_target(sample, original if self.augment is None else None)
@@ -86,7 +102,7 @@ class Dataset(torch.utils.data.Dataset[Item]):
 
     def _prepare(self, sample: Sample, key: SampleKey) -> Sample:
         if self.augment is None:
-            return resize(sample, key.size)
+            return resize(sample, key.size, pad=self.pad)
         seeds = np.random.SeedSequence([self.seed, key.epoch, key.index, key.occurrence])
         return self.augment(sample, key.size, seeds)
 
@@ -373,4 +389,55 @@ def collate_semantic(items: Sequence[SemanticItem]) -> SemanticTarget:
         originals=[torch.from_numpy(item.original) for item in items if item.original is not None],
         blended=torch.from_numpy(np.stack(blended)) if blended else None,
         share=items[0].share,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The instance task
+
+
+@dataclass
+class InstanceItem:
+    labels: np.ndarray  # (n,) int64
+    boxes: np.ndarray  # (n, 4) float32 center x, center y, width, height, as shares of the sides
+    maps: np.ndarray  # (L, H, W) int16 at the model's size
+    layer_of: np.ndarray  # (n,) int64
+    original: Objects | None  # the objects as read, in evaluation
+    original_labels: list[int]
+
+
+def instance_target(sample: Sample, original: Sample | None) -> InstanceItem:
+    """The target of one sample; `original` is the sample as read, in evaluation.
+
+    Raises:
+        UserError: more objects than int16 can number, which only mixtures have.
+    """
+    layers = sample.masks
+    height, width, _ = layers.maps.shape
+    if len(layers.boxes) > MAX_OBJECTS:
+        raise UserError(f"data.mix: {sample.path} has become a picture of more than {MAX_OBJECTS} objects")
+    corners = layers.boxes / np.array([width, height, width, height], np.float32)
+    return InstanceItem(
+        labels=np.array(sample.class_ids, np.int64),
+        boxes=np.hstack([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]]),
+        maps=np.ascontiguousarray(layers.maps.transpose(2, 0, 1)).view(np.int16),
+        layer_of=layers.layer_of,
+        original=None if original is None else original.masks,
+        original_labels=[] if original is None else original.class_ids,
+    )
+
+
+def collate_instance(items: Sequence[InstanceItem]) -> InstanceTarget:
+    """The objects of all items one after the other, layers filled up with empty ones; see `InstanceTarget`."""
+    most = max(len(item.maps) for item in items)
+    evaluated = [item for item in items if item.original is not None]
+    maps = [np.pad(item.maps, ((0, most - len(item.maps)), (0, 0), (0, 0))) for item in items]
+    return InstanceTarget(
+        counts=[len(item.labels) for item in items],
+        labels=torch.from_numpy(np.concatenate([item.labels for item in items])),
+        boxes=torch.from_numpy(np.concatenate([item.boxes for item in items])),
+        maps=torch.from_numpy(np.stack(maps)),
+        layer_of=torch.from_numpy(np.concatenate([item.layer_of for item in items])),
+        originals=[item.original for item in evaluated if item.original is not None],
+        original_labels=[item.original_labels for item in evaluated],
     )

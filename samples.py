@@ -65,6 +65,7 @@ class SampleInfo:
     path: str
     dataset: str
     size: Size
+    content: Size | None = None  # the part of the input, from its top left, that holds the picture; None for all of it
 
 
 class Targets(Protocol):

@@ -24,9 +24,12 @@ from albumentations.core.transforms_interface import BasicTransform
 
 from colors import palette
 from errors import UserError, nearest
-from samples import IGNORED, Sample, Size
+from layers import extents, layered, overlap, tidied
+from samples import IGNORED, Layers, Sample, Size
 
 Range = tuple[float, float]
+
+BOX_PARAMS = A.BboxParams(format="pascal_voc", label_fields=["numbers"], clip=True)
 
 MEAN_COLOR = (124, 116, 104)  # ImageNet's: what pictures are filled up with becomes 0 when it is normalised
 
@@ -47,19 +50,45 @@ OFFICIAL_SEMANTIC: list[dict[str, Any]] = [
 quarters, flip, brightness, contrast, saturation and hue."""
 
 
+OFFICIAL_INSTANCE: list[dict[str, Any]] = [
+    {"name": "SizeCrop", "p": 0.5, "shorter": [400, 500, 600], "sides": [384, 600]},
+    {"name": "HorizontalFlip", "p": 0.5},
+]
+"""RF-DETR's recipe, which is DETR's: of every second picture a part, brought to the model's size, and flip."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From a list of names to one sample
 
 
-def resize(sample: Sample, size: Size) -> Sample:
-    """Frames and masks at `size`; the aspect ratio is not kept, as in the official pipelines.
+def resize(sample: Sample, size: Size, *, pad: bool = False) -> Sample:
+    """Frames and masks at `size`; the aspect ratio is not kept, as in the official pipelines, unless with `pad`.
 
-    Bilinear without antialiasing (OpenCV's), for alpha as well: its edges become soft. Labels are those of the nearest
-    pixel.
+    With `pad` the picture lies at the top left, as large as fits (`content_size`); the rest has ImageNet's mean colour
+    and is ignored. Bilinear without antialiasing (OpenCV's), for alpha as well: its edges become soft. Labels are those
+    of the nearest pixel. Objects come back as `Layers`.
     """
+    sample = layered(sample)
+    height, width = sample.frames[0].shape[:2]
+    inside = content_size((height, width), size) if pad else size
+    frames = [_padded(_resize(frame, inside), size, MEAN_COLOR) for frame in sample.frames]
+    masks = sample.masks
     kind = cv2.INTER_NEAREST_EXACT if sample.are_labels else cv2.INTER_LINEAR
-    masks = None if sample.masks is None else _resize(sample.masks, size, kind)
-    return dataclasses.replace(sample, frames=[_resize(frame, size) for frame in sample.frames], masks=masks)
+    if isinstance(masks, Layers):
+        scale = np.array([inside[1] / width, inside[0] / height] * 2, np.float32)
+        maps = _padded(_resize(masks.maps, inside, kind), size, 0).reshape(*size, -1)
+        masks = dataclasses.replace(masks, maps=maps, boxes=masks.boxes * scale)
+        # Small objects may be gone.
+        return tidied(dataclasses.replace(sample, frames=frames, masks=masks))
+    if masks is not None:
+        masks = _padded(_resize(masks, inside, kind), size, IGNORED if sample.are_labels else 0)
+    return dataclasses.replace(sample, frames=frames, masks=masks)
+
+
+def content_size(picture: Size, size: Size) -> Size:
+    """How large a picture is that just fits into `size`."""
+    scale = min(size[0] / picture[0], size[1] / picture[1])
+    return min(size[0], max(1, round(picture[0] * scale))), min(size[1], max(1, round(picture[1] * scale)))
 
 
 def _resize(image: np.ndarray, size: Size, interpolation: int = cv2.INTER_LINEAR) -> np.ndarray:
@@ -68,49 +97,111 @@ def _resize(image: np.ndarray, size: Size, interpolation: int = cv2.INTER_LINEAR
     return cv2.resize(image, (size[1], size[0]), interpolation=interpolation)
 
 
+def _padded(image: np.ndarray, size: Size, fill: Any) -> np.ndarray:
+    height, width = image.shape[:2]
+    if (height, width) == tuple(size):
+        return image
+    padded = np.full((*size, *image.shape[2:]), fill, image.dtype)
+    padded[:height, :width] = image
+    return padded
+
+
 class Augment:
     """The listed transforms, in order, on a still image and its masks at the model's size.
 
     Each entry is `{name, p, **arguments}`: a transform of this file, or of albumentations; a composition (`OneOf`,
     `SomeOf`, `Sequential`) has its own list under `transforms`. OpenCV's constants go by name ("INTER_CUBIC"). A
     transform that needs a size and is given none gets the model's. Alpha is interpolated linearly throughout; labels
-    never are, and what a transform fills up is ignored.
+    never are, and what a transform fills up is ignored. Boxes of objects move with them, and are cut off at the
+    picture's sides; where a list turns or bends pictures they shrink to the pixels of their objects, since the box of a
+    turned box is too large.
 
-    `takes_originals` says that the list chooses its own part of the picture at its own size (`ScaleCrop`); else the
-    picture is brought to the model's size first.
+    `takes_originals` says that the list chooses its own part of the picture at its own size (`ScaleCrop`, `SizeCrop`);
+    else the picture is brought to the model's size first, as `resize` does it with `pad`.
 
     Raises:
-        UserError: an unknown name or argument, or a value that the transform refuses.
+        UserError: an unknown name or argument, a value that the transform refuses, or a transform that cannot do with
+            such samples.
     """
 
-    def __init__(self, transforms: Sequence[dict[str, Any]]):
-        self.transforms = list(transforms)
-        self._composed: dict[tuple[Size, bool], A.Compose] = {}
-        built = self._compose((64, 64), False)  # so that mistakes show before the first sample
-        self.takes_originals = any(isinstance(transform, ScaleCrop) for transform in built.transforms)
+    def __init__(self, transforms: Sequence[dict[str, Any]], *, pad: bool = False):
+        self.transforms, self.pad = list(transforms), pad
+        self._composed: dict[tuple[Size, str], A.Compose] = {}
+        built = self._compose((64, 64), "alpha").transforms  # so that mistakes show before the first sample
+        self.takes_originals = any(isinstance(transform, (ScaleCrop, SizeCrop)) for transform in built)
+        self._turns = _any_turns(built)
 
     def __call__(self, sample: Sample, size: Size, seeds: np.random.SeedSequence) -> Sample:
-        sample = sample if self.takes_originals else resize(sample, size)
-        (image,) = sample.frames
-        composed = self._compose(size, sample.are_labels)
+        sample = layered(sample) if self.takes_originals else resize(sample, size, pad=self.pad)
+        objects = isinstance(sample.masks, Layers)
+        composed = self._compose(size, "objects" if objects else "labels" if sample.are_labels else "alpha")
         generator = np.random.Generator(np.random.PCG64(seeds))
         # One pair of streams for the whole list; albumentations' own seeding would give each transform the same one.
         composed.set_random_state(generator, random.Random(int(generator.integers(2**63))))
         cv2.setRNGSeed(int(generator.integers(2**31)))  # some transforms draw from OpenCV
-        targets = {"image": image} if sample.masks is None else {"image": image, "mask": sample.masks}
-        result = composed(**targets)
-        return resize(dataclasses.replace(sample, frames=[result["image"]], masks=result.get("mask")), size)
+        try:
+            result = composed(**_targets(sample))
+            if not isinstance(result["image"], np.ndarray) or result["image"].dtype != np.uint8:
+                raise ValueError("a transform of the list returns no bytes; the program normalises pictures by itself")
+        except Exception as error:  # whatever albumentations or OpenCV find in a sample that they were not made for
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            where = sample.path or "a sample"
+            raise UserError(f"augmentation: the list cannot be applied to {where}: {reason}") from error
+        return resize(self._changed(sample, result), size, pad=self.pad)
 
-    def _compose(self, size: Size, are_labels: bool) -> A.Compose:
-        if (size, are_labels) not in self._composed:
-            built = [_build(entry, size, are_labels) for entry in self.transforms]
-            interpolation = cv2.INTER_NEAREST if are_labels else cv2.INTER_LINEAR
-            self._composed[size, are_labels] = A.Compose(built, mask_interpolation=interpolation)
-        return self._composed[size, are_labels]
+    def _changed(self, sample: Sample, result: dict[str, Any]) -> Sample:
+        """The sample with what the transforms made of it."""
+        sample = dataclasses.replace(sample, frames=[result["image"]])
+        layers = sample.masks
+        if not isinstance(layers, Layers):
+            return dataclasses.replace(sample, masks=result.get("mask"))
+        maps = result["mask"].reshape(*result["image"].shape[:2], -1)
+        boxes = _gathered(result["bboxes"], result["numbers"], len(layers.boxes))
+        changed = Layers(maps, layers.layer_of, boxes)
+        if self._turns:
+            changed.boxes = overlap(boxes, extents(changed))
+        return tidied(dataclasses.replace(sample, masks=changed))
+
+    def _compose(self, size: Size, kind: str) -> A.Compose:
+        """The transforms for a size and masks that are alpha, labels or objects."""
+        if (size, kind) not in self._composed:
+            built = [_build(entry, size, IGNORED if kind == "labels" else 0) for entry in self.transforms]
+            self._composed[size, kind] = A.Compose(
+                built,
+                mask_interpolation=cv2.INTER_LINEAR if kind == "alpha" else cv2.INTER_NEAREST,
+                bbox_params=BOX_PARAMS if kind == "objects" else None,
+            )
+        return self._composed[size, kind]
 
 
-def _build(entry: dict[str, Any], size: Size, are_labels: bool) -> BasicTransform | BaseCompose:
-    """One transform, or a composition with its children, from its entry in the list."""
+def _targets(sample: Sample) -> dict[str, Any]:
+    """A sample as albumentations takes it; boxes carry the numbers of their objects."""
+    (image,) = sample.frames
+    masks = sample.masks
+    if masks is None:
+        return {"image": image}
+    if isinstance(masks, Layers):
+        return {"image": image, "mask": masks.maps, "bboxes": masks.boxes, "numbers": np.arange(len(masks.boxes))}
+    return {"image": image, "mask": masks}
+
+
+def _gathered(boxes: Any, numbers: Any, count: int) -> np.ndarray:
+    """(count, 4) boxes by the numbers of their objects: around all parts of one, all 0 where none is left."""
+    found = np.tile(np.array([np.inf, np.inf, 0, 0], np.float32), (count, 1))
+    numbers = np.asarray(numbers, np.int64)
+    np.minimum.at(found[:, :2], numbers, np.asarray(boxes, np.float32).reshape(-1, 4)[:, :2])
+    np.maximum.at(found[:, 2:], numbers, np.asarray(boxes, np.float32).reshape(-1, 4)[:, 2:])
+    found[np.isinf(found[:, 0])] = 0
+    return found
+
+
+def _any_turns(transforms: Sequence[Any]) -> bool:
+    """Whether boxes may come back larger than their objects."""
+    return any(isinstance(each, TURNING) or _any_turns(getattr(each, "transforms", ())) for each in transforms)
+
+
+def _build(entry: dict[str, Any], size: Size, fill: int) -> BasicTransform | BaseCompose:
+    """One transform, or a composition with its children, from its entry in the list; `fill` is for masks."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"augmentation: {entry!r} must be a mapping with the name of a transform, as {{name: Rotate}}")
     arguments = {key: _constant(value) for key, value in entry.items() if key != "name"}
@@ -123,13 +214,13 @@ def _build(entry: dict[str, Any], size: Size, are_labels: bool) -> BasicTransfor
     for key, value in (("size", size), ("height", size[0]), ("width", size[1])):
         if key in accepted:
             arguments.setdefault(key, value)
-    if are_labels and "fill_mask" in accepted and accepted["fill_mask"].default == 0:
-        arguments.setdefault("fill_mask", IGNORED)
+    if fill and "fill_mask" in accepted and accepted["fill_mask"].default == 0:
+        arguments.setdefault("fill_mask", fill)
     if "transforms" in accepted:
-        arguments["transforms"] = [_build(child, size, are_labels) for child in arguments.get("transforms", [])]
+        arguments["transforms"] = [_build(child, size, fill) for child in arguments.get("transforms", [])]
     try:
         return kind(**arguments)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"augmentation: {entry['name']} refuses its arguments: {reason}") from error
 
@@ -244,7 +335,7 @@ class RotateZoom(A.DualTransform):
     """Rotation by up to `limit` degrees and a zoom about the centre, without black corners.
 
     `border="crop"` first enlarges as far as the rotation needs to fill the frame, and zooms from there (zoom >= 1);
-    `border="reflect"` mirrors the picture at its edges, and may zoom out.
+    `border="reflect"` mirrors the picture at its edges, and may zoom out; mirrored parts of objects are none.
     """
 
     class InitSchema(BasicTransform.InitSchema):
@@ -271,14 +362,34 @@ class RotateZoom(A.DualTransform):
         return {"matrix": cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, zoom)}
 
     def apply(self, img: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
-        return self._turn(img, matrix, cv2.INTER_LINEAR)
+        return warp(img, matrix, (img.shape[0], img.shape[1]), cv2.INTER_LINEAR, cv2.BORDER_REFLECT_101)
 
     def apply_to_mask(self, mask: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
-        return self._turn(mask, matrix, self.mask_interpolation)
+        border = cv2.BORDER_CONSTANT if mask.ndim == 3 else cv2.BORDER_REFLECT_101
+        return warp(mask, matrix, (mask.shape[0], mask.shape[1]), self.mask_interpolation, border)
 
-    def _turn(self, image: np.ndarray, matrix: np.ndarray, interpolation: int) -> np.ndarray:
-        size = (image.shape[1], image.shape[0])
-        return cv2.warpAffine(image, matrix, size, flags=interpolation, borderMode=cv2.BORDER_REFLECT_101)
+    def apply_to_bboxes(self, bboxes: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
+        size = params["shape"][:2]
+        return move_boxes(bboxes, matrix, size, size)
+
+
+def warp(image: np.ndarray, matrix: np.ndarray, size: Size, interpolation: int, border: int) -> np.ndarray:
+    """`cv2.warpAffine` for any number of channels."""
+    parts = [image] if image.ndim == 2 or image.shape[2] <= 4 else np.split(image, range(4, image.shape[2], 4), axis=2)
+    warped = [cv2.warpAffine(part, matrix, size[::-1], flags=interpolation, borderMode=border) for part in parts]
+    return warped[0] if len(warped) == 1 else np.dstack(warped)
+
+
+def move_boxes(boxes: np.ndarray, matrix: np.ndarray, before: Size, after: Size) -> np.ndarray:
+    """Boxes (n, 4 or more) as shares of a picture's sides → those around them when `matrix` has moved its pixels.
+
+    `matrix` (2, 3) takes centres of pixels to centres of pixels, as OpenCV's functions do; a pixel's own corners are
+    half a pixel from there.
+    """
+    height, width = before
+    corners = boxes[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 4, 2) * [width, height] - 0.5
+    moved = (corners @ matrix[:, :2].T + matrix[:, 2] + 0.5) / [after[1], after[0]]
+    return np.hstack([moved.min(axis=1), moved.max(axis=1), boxes[:, 4:]]).astype(boxes.dtype)
 
 
 class BackgroundSynthesis(A.ImageOnlyTransform):
@@ -315,16 +426,19 @@ class BackgroundSynthesis(A.ImageOnlyTransform):
 
 
 class ScaleCrop(A.DualTransform):
-    """A window of `size` on the picture at a scale drawn from its range; at 1 the picture just covers the window.
+    """A window of `size` on the picture at a scale drawn from its range.
 
-    Where the picture ends the window is filled up: the image with ImageNet's mean, masks with `fill_mask`. Of labels
-    no class shall take `cat_max_ratio` of the window or more, for which ten places are tried (MMSegmentation's
-    RandomCrop); ignored ones do not count. Takes the picture as it is, and resamples nothing but the window.
+    At 1 the picture just covers the window, or with `fit="inside"` just fits in: large-scale jitter (Ghiasi et al.,
+    2021) is that, from 0.1 to 2. Where the picture ends the window is filled up: the image with ImageNet's mean, masks
+    with `fill_mask`. Of labels no class shall take `cat_max_ratio` of the window or more, for which ten places are
+    tried (MMSegmentation's RandomCrop); ignored ones do not count. Takes the picture as it is, and resamples nothing
+    but the window.
     """
 
     class InitSchema(BasicTransform.InitSchema):
         size: tuple[int, int]
         scale: Range
+        fit: str
         cat_max_ratio: float
         fill_mask: float
 
@@ -332,6 +446,7 @@ class ScaleCrop(A.DualTransform):
         self,
         size: tuple[int, int],
         scale: Range = (0.5, 2.0),
+        fit: str = "cover",
         cat_max_ratio: float = 1.0,
         fill_mask: float = 0,
         p: float = 1.0,
@@ -339,12 +454,15 @@ class ScaleCrop(A.DualTransform):
         super().__init__(p=p)
         if min(scale) <= 0:
             raise ValueError(f"scale {scale} must be above 0")
+        if fit not in ("cover", "inside"):
+            raise ValueError(f"fit must be cover or inside, not {fit!r}")
+        self.fit = max if fit == "cover" else min
         self.size, self.scale, self.cat_max_ratio, self.fill_mask = size, scale, cat_max_ratio, fill_mask
         self.mask_interpolation = cv2.INTER_LINEAR
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         (height, width), (rows, columns) = params["shape"][:2], self.size
-        factor = self.py_random.uniform(*self.scale) * max(rows / height, columns / width)
+        factor = self.py_random.uniform(*self.scale) * self.fit(rows / height, columns / width)
         scaled = round(height * factor), round(width * factor)
         for _ in range(10):
             top, left = (self.py_random.uniform(0, max(0, a - b)) for a, b in zip(scaled, self.size, strict=True))
@@ -356,6 +474,8 @@ class ScaleCrop(A.DualTransform):
 
     def _is_dominated(self, labels: np.ndarray, top: float, left: float, factor: float) -> bool:
         """Whether one class takes too much of the window, by about as many of its pixels as the window will have."""
+        if labels.ndim == 3:
+            raise ValueError("cat_max_ratio is for label maps, not for objects")
         step = max(1, int(1 / factor))
         rows, columns = (
             slice(int(start / factor), math.ceil((start + side) / factor), step)
@@ -370,11 +490,57 @@ class ScaleCrop(A.DualTransform):
     def apply_to_mask(self, mask: np.ndarray, matrix: np.ndarray, inside: Size, **params: Any) -> np.ndarray:
         return self._window(mask, matrix, inside, self.mask_interpolation, self.fill_mask)
 
+    def apply_to_bboxes(self, bboxes: np.ndarray, matrix: np.ndarray, inside: Size, **params: Any) -> np.ndarray:
+        moved = move_boxes(bboxes, matrix, params["shape"][:2], self.size)
+        ends = [inside[1] / self.size[1], inside[0] / self.size[0]] * 2
+        return np.hstack([np.clip(moved[:, :4], 0, ends), moved[:, 4:]]).astype(bboxes.dtype)
+
     def _window(self, image: np.ndarray, matrix: np.ndarray, inside: Size, interpolation: int, fill: Any) -> np.ndarray:
-        window = cv2.warpAffine(image, matrix, self.size[::-1], flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
+        window = warp(image, matrix, self.size, interpolation, cv2.BORDER_REPLICATE)
         window[inside[0] :] = fill
         window[:, inside[1] :] = fill
         return window
+
+
+class SizeCrop(A.DualTransform):
+    """A part of the picture of random sides, cut out and not resampled (DETR, Carion et al., 2020).
+
+    With the picture's shorter side at one of `shorter` pixels, each side of the part is drawn from the range `sides`,
+    as far as the picture goes.
+    """
+
+    class InitSchema(BasicTransform.InitSchema):
+        shorter: list[int]
+        sides: tuple[int, int]
+
+    def __init__(self, shorter: Sequence[int] = (400, 500, 600), sides: tuple[int, int] = (384, 600), p: float = 0.5):
+        super().__init__(p=p)
+        if not shorter or min(shorter) < 1 or not 1 <= sides[0] <= sides[1]:
+            raise ValueError("shorter must be sides in pixels, sides a range of them")
+        self.shorter, self.sides = shorter, sides
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        whole = params["shape"][:2]
+        scale = self.py_random.choice(self.shorter) / min(whole)
+        part = []
+        for length in (whole[1], whole[0]):
+            high = min(self.sides[1], round(length * scale))
+            side = min(length, max(1, round(self.py_random.randint(min(self.sides[0], high), high) / scale)))
+            first = self.py_random.randint(0, length - side)
+            part.append((first, first + side))
+        return {"part": part}
+
+    def apply(self, img: np.ndarray, part: list[tuple[int, int]], **params: Any) -> np.ndarray:
+        (left, right), (top, bottom) = part
+        return np.ascontiguousarray(img[top:bottom, left:right])
+
+    def apply_to_mask(self, mask: np.ndarray, part: list[tuple[int, int]], **params: Any) -> np.ndarray:
+        return self.apply(mask, part)
+
+    def apply_to_bboxes(self, bboxes: np.ndarray, part: list[tuple[int, int]], **params: Any) -> np.ndarray:
+        (left, right), (top, bottom) = part
+        matrix = np.array([[1, 0, -left], [0, 1, -top]], np.float64)
+        return move_boxes(bboxes, matrix, params["shape"][:2], (bottom - top, right - left))
 
 
 class PhotometricDistortion(A.ImageOnlyTransform):
@@ -497,10 +663,27 @@ OWN_TRANSFORMS: tuple[type, ...] = (
     RotateZoom,
     BackgroundSynthesis,
     ScaleCrop,
+    SizeCrop,
     PhotometricDistortion,
     TrivialAugment,
     RandAugment,
 )
+
+TURNING = (
+    RotateZoom,
+    A.Affine,
+    A.ElasticTransform,
+    A.GridDistortion,
+    A.GridElasticDeform,
+    A.Morphological,
+    A.OpticalDistortion,
+    A.Perspective,
+    A.PiecewiseAffine,
+    A.RandomGridShuffle,
+    A.Rotate,
+    A.SafeRotate,
+    A.ThinPlateSpline,
+)  # that know of a box only its corners
 
 
 # ---------------------------------------------------------------------------------------------------------------------

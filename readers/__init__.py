@@ -14,6 +14,7 @@ from readers.cache import Cached
 from readers.checks import check, drop, fail_on
 from readers.image_list import ImageList
 from readers.images import read_alpha, read_image
+from readers.instance import InstanceReader, instance_reader, object_table, show_objects
 from readers.masks import FinishedMasks
 from readers.semantic import SemanticReader, class_table, pixel_counts, semantic_reader, show_classes
 from readers.splits import limit, split
@@ -26,6 +27,7 @@ __all__ = [
     "Fault",
     "FinishedMasks",
     "ImageList",
+    "InstanceReader",
     "Reader",
     "SemanticReader",
     "Subset",
@@ -33,11 +35,14 @@ __all__ = [
     "class_table",
     "drop",
     "fail_on",
+    "instance_reader",
     "limit",
+    "object_table",
     "pixel_counts",
     "read_alpha",
     "read_image",
     "semantic_reader",
     "show_classes",
+    "show_objects",
     "split",
 ]

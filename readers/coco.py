@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from readers.base import DataError, Fault
-from samples import Size
+from readers.json_lists import Element, NoObject, elements
+from samples import Rle, Size
 
 Id = int | str
-Rle = dict[str, Any]  # {"size": [h, w], "counts": bytes}, as pycocotools compresses it
 
 _abridged = reprlib.Repr()  # names values of a json in a sentence, whatever they are
 _abridged.maxstring = _abridged.maxother = 100
@@ -30,24 +30,30 @@ _shown = _abridged.repr
 MAX_OUTLINE = 4_000_000  # pixels along one polygon; pycocotools takes 80 bytes of memory for each
 
 
-@dataclass
+@dataclass(slots=True)
 class CocoAnnotation:
     id: str  # as it is named in a fault
     category: Id
     is_crowd: bool
     segmentation: Any  # as the json has it; see `to_rle`
+    bbox: Any  # as the json has it, too
+    area: Any
 
 
-@dataclass
+@dataclass(slots=True)
 class CocoImage:
+    id: Id
     path: str
     name: str  # file_name without its suffix
     size: Size | None  # as the json says
-    annotations: list[CocoAnnotation] = field(default_factory=list)
+    rows: tuple[int, int] = (0, 0)  # of the file's annotations in the order of their images
 
 
 class CocoFile:
-    """Images in the order of their names, with their annotations; `categories` is {id: name} in the order of the ids.
+    """Images in the order of their names; `categories` is {id: name} in the order of the ids.
+
+    Of the annotations only their places in the file are kept, 16 bytes for each, and `annotations` reads those of an
+    image from there: so data sets fit whose annotations as Python objects would not.
 
     Images are looked for by `file_name` in `images` (and its folder of the split's name), in the json's folder,
     `../images/<split>`, `../<split>` and `../images`, where `instances_train.json` is of the split `train`. Names that
@@ -60,69 +66,113 @@ class CocoFile:
     def __init__(self, path: Path, *, images: Path | None = None):
         self.path = path
         self.faults: list[Fault] = []
-        content = _load(path)
-        self.categories = dict(sorted(self._categories(content).items(), key=lambda row: (str(type(row[0])), row[0])))
-        found = self._images(content, _folders(path, images))
-        self._attach(content, found)
-        self.images = sorted((image for image in found.values() if image), key=lambda image: image.path)
+        self._folders = _folders(path, images)
+        self._names: set[str] = set()
+        self._absent: list[str] = []
+        self._found: dict[Id, CocoImage | None] = {}  # None where the image cannot be had
+        self._categories: dict[Id, str] = {}
+        self._owners: dict[Id, int] = {}  # images by their ids, numbered as annotations name them
+        self._owner, self._start, self._length = array("q"), array("q"), array("q")
+        try:
+            self._scan()
+            self._attach()
+        except NoObject as error:
+            problem = "is no COCO json: it holds no object with images, annotations and categories"
+            raise DataError(Fault(str(path), problem)) from error
+        except (OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(Fault(str(path), f"cannot be read as json ({reason})")) from error
+        self._report_absent()
+        self.categories = dict(sorted(self._categories.items(), key=lambda row: (str(type(row[0])), row[0])))
+        self.images = sorted((image for image in self._found.values() if image), key=lambda image: image.path)
+        del self._names, self._absent, self._found, self._categories, self._owners
 
-    def _rows(self, content: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
-        """The objects in a list of the json."""
-        rows = content.get(key)
-        if not isinstance(rows, list):
-            self._report(f"has no list of {key}")
-            return
-        for position, row in enumerate(rows):
-            if isinstance(row, dict):
-                yield row
+    def annotations(self, image: CocoImage) -> tuple[list[CocoAnnotation], list[Fault]]:
+        """The annotations of one image, read from the file, and those that cannot be had."""
+        found, faults = [], []
+        try:
+            rows = self._read(*image.rows)
+        except OSError as error:
+            return [], [Fault(str(self.path), f"cannot be read any more ({error.strerror or error})")]
+        for row in rows:
+            number, category, crowd = _shown(row.get("id")), row.get("category_id"), bool(row.get("iscrowd", 0))
+            if _is_id(category) and category in self.categories:
+                outline, box, area = (row.get(key) for key in ("segmentation", "bbox", "area"))
+                found.append(CocoAnnotation(number, category, crowd, outline, box, area))
             else:
-                self._report(f"{key}[{position}] is no object")
+                problem = f"annotation {number} in {self.path} has the unknown category {_shown(category)}"
+                faults.append(Fault(image.path, problem))
+        return found, faults
+
+    def _read(self, first: int, last: int) -> list[dict[str, Any]]:
+        """Annotations as they are in the file."""
+        if first == last:
+            return []
+        with open(self.path, "rb") as file:
+            if _version(file) != self._version:
+                raise OSError("it has changed since it was listed")
+            rows = []
+            for start, length in self._places[first:last].tolist():
+                file.seek(start)
+                rows.append(json.loads(file.read(length)))
+        return rows
+
+    def _scan(self) -> None:
+        """Take in the whole file."""
+        take = {"images": self._add_image, "categories": self._add_category, "annotations": self._add_annotation}
+        seen: set[str] = set()
+        with open(self.path, "rb") as file:
+            self._version = _version(file)
+        for element in elements(self.path):
+            if element.key not in take:
+                continue
+            if element.position < 0:
+                if element.key in seen:
+                    raise ValueError(f"it has {element.key} twice")
+                seen.add(element.key)
+            elif isinstance(element.value, dict):
+                take[element.key](element)
+            else:
+                self._report(f"{element.key}[{element.position}] is no object")
+        for key in take:
+            if key not in seen:
+                self._report(f"has no list of {key}")
 
     def _report(self, problem: str) -> None:
         self.faults.append(Fault(str(self.path), problem))
 
-    def _categories(self, content: dict[str, Any]) -> dict[Id, str]:
-        categories: dict[Id, str] = {}
-        for row in self._rows(content, "categories"):
-            number, name = row.get("id"), row.get("name")
-            words = " ".join(name.split()) if isinstance(name, str) else ""
-            if not (_is_id(number) and words and words.isprintable()):
-                self._report(f"a category needs an id and a name, not {_shown(number)} and {_shown(name)}")
-            elif number in categories or words in categories.values():
-                self._report(f"category {_shown(number)} ({words}) has an id or a name that another one has")
-            else:
-                categories[number] = words
-        return categories
+    def _add_category(self, element: Element) -> None:
+        number, name = element.value.get("id"), element.value.get("name")
+        words = " ".join(name.split()) if isinstance(name, str) else ""
+        if not (_is_id(number) and words and words.isprintable()):
+            self._report(f"a category needs an id and a name, not {_shown(number)} and {_shown(name)}")
+        elif number in self._categories or words in self._categories.values():
+            self._report(f"category {_shown(number)} ({words}) has an id or a name that another one has")
+        else:
+            self._categories[number] = words
 
-    def _images(self, content: dict[str, Any], folders: list[Path]) -> dict[Id, CocoImage | None]:
-        """{id: image}, None for those that cannot be had."""
-        images: dict[Id, CocoImage | None] = {}
-        names: set[str] = set()
-        absent = []
-        for row in self._rows(content, "images"):
-            number, file_name = row.get("id"), row.get("file_name")
-            if not (_is_id(number) and isinstance(file_name, str) and file_name):
-                self._report(f"an image needs an id and a file_name, not {_shown(number)} and {_shown(file_name)}")
-                continue
-            name = PurePosixPath(file_name).with_suffix("").as_posix() if PurePosixPath(file_name).name else file_name
-            if number in images or name in names:
-                self._report(f"image {_shown(number)} ({_shown(file_name)}) has an id or a name that another one has")
-                continue
-            names.add(name)
-            path = self._locate(file_name, folders)
-            images[number] = CocoImage(path, name, _size_in(row)) if path else None
-            if path == "":
-                absent.append(file_name)
-        self._report_absent(absent, folders, any_found=any(images.values()))
-        return images
+    def _add_image(self, element: Element) -> None:
+        number, file_name = element.value.get("id"), element.value.get("file_name")
+        if not (_is_id(number) and isinstance(file_name, str) and file_name):
+            self._report(f"an image needs an id and a file_name, not {_shown(number)} and {_shown(file_name)}")
+            return
+        name = PurePosixPath(file_name).with_suffix("").as_posix() if PurePosixPath(file_name).name else file_name
+        if number in self._found or name in self._names:
+            self._report(f"image {_shown(number)} ({_shown(file_name)}) has an id or a name that another one has")
+            return
+        self._names.add(name)
+        path = self._locate(file_name)
+        self._found[number] = CocoImage(number, path, name, _size_in(element.value)) if path else None
+        if path == "":
+            self._absent.append(file_name)
 
-    def _locate(self, file_name: str, folders: list[Path]) -> str | None:
+    def _locate(self, file_name: str) -> str | None:
         """Where the image is, "" where it is nowhere, None where its name is not to be followed."""
         relative = PurePosixPath(file_name)
         if relative.is_absolute() or ".." in relative.parts:
             self._report(f"the file_name {_shown(file_name)} leads out of the images' folder")
             return None
-        for folder in folders:
+        for folder in self._folders:
             path = os.path.join(folder, file_name)
             if os.path.isfile(path):
                 if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
@@ -131,41 +181,47 @@ class CocoFile:
                 return None
         return ""
 
-    def _report_absent(self, absent: list[str], folders: list[Path], *, any_found: bool) -> None:
-        looked = f"looked in {', '.join(map(str, folders))}; name their folder with data.images"
-        if absent and not any_found:
-            self._report(f"none of its {len(absent)} images is there ({_shown(absent[0])} …): {looked}")
+    def _report_absent(self) -> None:
+        looked = f"looked in {', '.join(map(str, self._folders))}; name their folder with data.images"
+        if self._absent and not any(self._found.values()):
+            self._report(f"none of its {len(self._absent)} images is there ({_shown(self._absent[0])} …): {looked}")
             return
-        for file_name in absent:
+        for file_name in self._absent:
             self._report(f"the image {_shown(file_name)} is not there: {looked}")
 
-    def _attach(self, content: dict[str, Any], images: dict[Id, CocoImage | None]) -> None:
-        """Give every image its annotations."""
-        for row in self._rows(content, "annotations"):
-            number, owner, category = row.get("id"), row.get("image_id"), row.get("category_id")
-            if not (_is_id(owner) and owner in images):
-                self._report(f"annotation {_shown(number)} is of image {_shown(owner)}, which is not in the file")
-                continue
-            image = images[owner]
-            if image is None:
-                continue
-            if not (_is_id(category) and category in self.categories):
-                problem = f"annotation {_shown(number)} in {self.path} has the unknown category {_shown(category)}"
-                self.faults.append(Fault(image.path, problem))
-                continue
-            crowd = bool(row.get("iscrowd", 0))
-            image.annotations.append(CocoAnnotation(_shown(number), category, crowd, row.get("segmentation")))
+    def _add_annotation(self, element: Element) -> None:
+        owner = element.value.get("image_id")
+        if not _is_id(owner):
+            self._report_stray(element.value)
+            return
+        self._owner.append(self._owners.setdefault(owner, len(self._owners)))
+        self._start.append(element.start)
+        self._length.append(element.length)
+
+    def _report_stray(self, row: dict[str, Any], others: int = 0) -> None:
+        more = f"; so are {others} more" if others else ""
+        named = f"annotation {_shown(row.get('id'))} is of image {_shown(row.get('image_id'))}"
+        self._report(f"{named}, which is not in the file{more}")
+
+    def _attach(self) -> None:
+        """Give every image its annotations, wherever in the file they are."""
+        owner = np.array(self._owner, dtype=np.int64)
+        order = np.argsort(owner, kind="stable")
+        self._places = np.stack([np.array(self._start), np.array(self._length)], axis=1).astype(np.int64)[order]
+        bounds = np.searchsorted(owner[order], np.arange(len(self._owners) + 1)).tolist()
+        del self._owner, self._start, self._length
+        for number, position in self._owners.items():
+            rows = bounds[position], bounds[position + 1]
+            image = self._found.get(number)
+            if image is not None:
+                image.rows = rows
+            elif number not in self._found:
+                self._report_stray(self._read(rows[0], rows[0] + 1)[0], rows[1] - rows[0] - 1)
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(Fault(str(path), f"cannot be read as json ({reason})")) from error
-    if not isinstance(content, dict):
-        raise DataError(Fault(str(path), "is no COCO json: it holds no object with images, annotations and categories"))
-    return content
+def _version(file: BinaryIO) -> tuple[int, int]:
+    about = os.fstat(file.fileno())
+    return about.st_size, about.st_mtime_ns
 
 
 def _folders(path: Path, images: Path | None) -> list[Path]:
@@ -182,6 +238,14 @@ def _is_id(value: Any) -> TypeGuard[Id]:
 def _size_in(row: dict[str, Any]) -> Size | None:
     height, width = row.get("height"), row.get("width")
     return (height, width) if type(height) is int and type(width) is int else None
+
+
+def size_fault(image: CocoImage, size: Size, path: Path) -> Fault | None:
+    """What is wrong if the picture has this size, and the json at `path` says another."""
+    if image.size is None or image.size == size:
+        return None
+    height, width = image.size
+    return Fault(image.path, f"is {size[1]}x{size[0]} (upright), but {width}x{height} by {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

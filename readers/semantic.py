@@ -14,7 +14,7 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from errors import UserError
 from readers.base import DataError, Fault, Reader
-from readers.coco import CocoAnnotation, CocoFile, Id, draw_labels, to_rle
+from readers.coco import CocoFile, CocoImage, Id, draw_labels, size_fault, to_rle
 from readers.folders import list_pairs, locate, parse_spec
 from readers.images import read_image, read_labels
 from samples import IGNORED, Sample, Size
@@ -38,8 +38,7 @@ class Item:
     path: str
     stem: str
     mask: str = ""  # class-id masks
-    size: Size | None = None  # COCO: as the json says
-    annotations: list[CocoAnnotation] = field(default_factory=list)
+    drawn: CocoImage | None = None  # COCO: whose annotations are drawn
 
 
 class LabelSource(ABC):
@@ -120,23 +119,22 @@ class CocoLabels(LabelSource):
     def __init__(self, name: str, path: Path, weight: float, images: Path | None):
         super().__init__(name, path, weight)
         try:
-            content = CocoFile(path, images=images)
+            self.file = CocoFile(path, images=images)
         except DataError as error:
             self.faults.append(error.fault)
             return
-        self.faults += content.faults
-        self.classes = {NO_OBJECT: BACKGROUND, **content.categories}
-        self.items = [Item(i.path, i.name, size=i.size, annotations=i.annotations) for i in content.images]
+        self.faults += self.file.faults
+        self.classes = {NO_OBJECT: BACKGROUND, **self.file.categories}
+        self.items = [Item(image.path, image.name, drawn=image) for image in self.file.images]
 
     def draw(self, item: Item, size: Size | None) -> tuple[np.ndarray | None, list[Fault]]:
-        if size is None:
+        if size is None or item.drawn is None:
             return None, []
-        if item.size not in (None, size):
-            height, width = item.size
-            problem = f"is {size[1]}x{size[0]} (upright), but {width}x{height} by {self.path}"
-            return None, [Fault(item.path, problem)]
-        objects, faults = [], []
-        for annotation in item.annotations:
+        if fault := size_fault(item.drawn, size, self.path):
+            return None, [fault]
+        objects = []
+        annotations, faults = self.file.annotations(item.drawn)
+        for annotation in annotations:
             try:
                 code = to_rle(annotation.segmentation, size)
                 objects.append((self.labels.get(annotation.category, IGNORED), annotation.is_crowd, code))
@@ -222,9 +220,6 @@ class SemanticReader(Reader):
 
     def adopt(self, findings: dict[int, Checked]) -> None:
         self._checked.update(findings)
-        for index, checked in findings.items():
-            if checked.packed:  # polygons take several times as much, in every worker
-                self._items[index][1].annotations = []
 
     def counts_of(self, index: int) -> np.ndarray:
         """(number of classes + 1,) pixels of each class in a sample, and of those ignored last."""

@@ -118,7 +118,7 @@ def test_faults_name_file_and_annotation(tmp_path: Path) -> None:
         f"{path}: annotation 4 is of image 99, which is not in the file",
         f"{path}: annotation 5 is of image [7], which is not in the file",
     }
-    with pytest.raises(DataError, match="annotation 1 in"):
+    with pytest.raises(DataError, match="annotation 3 in"):
         reader.read(0)
 
 
@@ -228,7 +228,7 @@ def test_real_annotations_are_drawn_as_pycocotools_does() -> None:
         content, coco = CocoFile(file), COCO(str(file))
         assert not content.faults
         for image in content.images[:15]:
-            for annotation in image.annotations:
+            for annotation in content.annotations(image)[0]:
                 row = coco.anns[int(annotation.id)]
                 assert image.size
                 mask = oracle.decode(to_rle(annotation.segmentation, image.size))
