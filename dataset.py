@@ -90,7 +90,8 @@ class Dataset(torch.utils.data.Dataset[Item]):
         height, width = original.frames[0].shape[:2]
         info = SampleInfo(original.sample_id, original.path, original.dataset, (height, width))
         if self.pad and self.augment is None:
-            info.content = content_size((height, width), key.size)
+            inside = content_size((height, width), key.size)
+            info.content = inside[0] / key.size[0], inside[1] / key.size[1]
         target = None
         if sample.masks is not None:
             target = self.make_target(sample, original if self.augment is None else None)

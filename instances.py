@@ -7,6 +7,7 @@ are computed from the map itself, in those of its cells alone whose corners are 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from samples import Rle, Size
+from samples import Rle, SampleInfo, Size
 
-Share = tuple[float, float]  # of the input's height and width that holds the picture
-
-WHOLE: Share = (1.0, 1.0)
 MAP_VALUES = 2**24  # rows of maps × columns of pictures that are looked at together
 CELL_VALUES = 2**20  # columns of cells on an outline that are held together
 
@@ -32,20 +30,25 @@ class Detections:
     scores: np.ndarray  # (n,) float32 in [0, 1]
     boxes: np.ndarray  # (n, 4) float32 left, top, right, bottom in pixels, within the picture
     codes: list[Rle] | None  # masks of the picture's size, where the model has masks
+    size: Size  # of the picture
 
-    def chosen(self, which: np.ndarray) -> Detections:
-        """Those of a boolean mask, or of indices."""
-        places = np.arange(len(self.labels))[which]
-        codes = None if self.codes is None else [self.codes[place] for place in places]
-        return Detections(self.labels[places], self.scores[places], self.boxes[places], codes)
+    def mask(self, index: int) -> np.ndarray:
+        """(H, W) uint8, 1 where the object is."""
+        assert self.codes is not None
+        return coco_mask.decode(self.codes[index])
+
+    def above(self, threshold: float) -> Detections:
+        """Those with scores of at least `threshold`."""
+        count = int((self.scores >= threshold).sum())
+        codes = None if self.codes is None else self.codes[:count]
+        return Detections(self.labels[:count], self.scores[:count], self.boxes[:count], codes, self.size)
 
 
 @torch.no_grad()
 def detections(
     predictions: Mapping[str, Tensor],
-    sizes: Sequence[Size],
+    samples: Sequence[SampleInfo],
     *,
-    contents: Sequence[Share] | None = None,
     top_k: int = 300,
     threshold: float = 0.0,
     num_classes: int | None = None,
@@ -54,38 +57,36 @@ def detections(
     """The detections in each picture of a batch, as RF-DETR's authors take them.
 
     The `top_k` pairs of a query and a class with the best scores (of equal ones the first), of which those are dropped
-    whose score is below `threshold`, whose label is not below `num_classes`, and from each class but the best
+    whose score is below `threshold`, whose label is not below `num_classes`, and from each class all but the best
     `per_class`. What is not a number scores nothing.
 
     Args:
         predictions: `logits` (B, Q, C), `boxes` (B, Q, 4) center x, center y, width, height as shares of the input,
             and perhaps `masks` (B, Q, h, w) logits over the input.
-        sizes: (height, width) of each picture.
-        contents: The share of the input that holds each picture, from its top left corner on; by default all of it.
+        samples: What is known of each picture: of its `size` the detections are.
     """
-    scores, order = predictions["logits"].float().sigmoid().nan_to_num(0).flatten(1).sort(descending=True, stable=True)
-    classes = predictions["logits"].shape[-1]
-    scores, order = scores[:, :top_k].cpu().numpy(), order[:, :top_k].cpu().numpy()
-    corners = _corners(predictions["boxes"].float().nan_to_num(0)).cpu().numpy()
+    logits = predictions["logits"]
+    ranked = logits.float().sigmoid().nan_to_num(0).flatten(1).sort(descending=True, stable=True)
+    scores, order = (each[:, :top_k].cpu().numpy() for each in ranked)
+    shares = corners(predictions["boxes"].float().nan_to_num(0)).cpu().numpy()
     masks = predictions.get("masks")
-    for index, size in enumerate(sizes):
-        content = contents[index] if contents else WHOLE
-        queries, labels = np.divmod(order[index], classes)
+    for index, sample in enumerate(samples):
+        queries, labels = np.divmod(order[index], logits.shape[-1])
         kept = scores[index] >= threshold
         if num_classes is not None:
             kept &= labels < num_classes
         if per_class is not None:
             kept[kept] = ranks_within(labels[kept]) < per_class
         queries = queries[kept]
-        scale = np.array([size[1] / content[1], size[0] / content[0]] * 2, np.float32)
-        boxes = np.clip(corners[index, queries] * scale, 0, np.array([size[1], size[0]] * 2, np.float32))
+        sides = np.array([sample.size[1], sample.size[0]] * 2, np.float32)
+        boxes = np.clip(shares[index, queries] * (sides / np.array(sample.content[::-1] * 2, np.float32)), 0, sides)
         codes = None
         if masks is not None:
-            codes = encode_resized(masks[index], size, content=content, which=torch.from_numpy(queries))
-        yield Detections(labels[kept], scores[index][kept], boxes, codes)
+            codes = encode_resized(masks[index], sample.size, content=sample.content, which=torch.from_numpy(queries))
+        yield Detections(labels[kept], scores[index][kept], boxes, codes, sample.size)
 
 
-def _corners(boxes: Tensor) -> Tensor:
+def corners(boxes: Tensor) -> Tensor:
     """(..., 4) center x, center y, width, height -> left, top, right, bottom; sides are never negative."""
     center, half = boxes[..., :2], boxes[..., 2:].clamp(min=0) / 2
     return torch.cat([center - half, center + half], -1)
@@ -104,7 +105,12 @@ def ranks_within(labels: np.ndarray) -> np.ndarray:
 
 
 def encode_resized(
-    maps: Tensor, size: Size, *, content: Share = WHOLE, which: Tensor | None = None, level: float = 0.0
+    maps: Tensor,
+    size: Size,
+    *,
+    content: tuple[float, float] = (1.0, 1.0),
+    which: Tensor | None = None,
+    level: float = 0.0,
 ) -> list[Rle]:
     """Run-length codes of `F.interpolate(maps, size, mode="bilinear") > level`, and of nothing larger than the maps.
 
@@ -112,7 +118,7 @@ def encode_resized(
 
     Args:
         maps: (N, h, w); what is not a number lies below the level.
-        content: The share of the maps that holds the picture, from their top left corner on.
+        content: The shares of the maps' sides that hold the picture, from their top left corner on.
         which: (n,) int64, the maps to encode, in that order; by default all.
     """
     which = torch.arange(len(maps)) if which is None else which
@@ -124,7 +130,7 @@ def encode_resized(
     return codes
 
 
-def _run_starts(maps: Tensor, size: Size, content: Share) -> np.ndarray:
+def _run_starts(maps: Tensor, size: Size, content: tuple[float, float]) -> np.ndarray:
     """Where the sign of the resized (N, h, w) maps changes: `map * (pixels + 1) + pixel`, int64, in any order.
 
     Pixels are counted down the columns. Some may stand there several times: each time is a change.
@@ -225,9 +231,4 @@ def compress(runs: np.ndarray, first: np.ndarray) -> list[bytes]:
     characters += 48 + 32 * (np.arange(groups) < lengths[:, None] - 1)
     text = characters[is_used].astype(np.uint8).tobytes()
     borders = np.append(0, np.cumsum(lengths))[np.append(first, len(runs))]
-    return [text[start:end] for start, end in zip(borders[:-1], borders[1:], strict=True)]
-
-
-def to_pixels(code: Rle) -> np.ndarray:
-    """A code as an (H, W) bool mask."""
-    return coco_mask.decode(code).view(bool)
+    return [text[start:end] for start, end in itertools.pairwise(borders)]

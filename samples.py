@@ -65,7 +65,7 @@ class SampleInfo:
     path: str
     dataset: str
     size: Size
-    content: Size | None = None  # the part of the input, from its top left, that holds the picture; None for all of it
+    content: tuple[float, float] = (1.0, 1.0)  # shares of the input's sides that hold the picture, from the top left
 
 
 class Targets(Protocol):

@@ -2,6 +2,7 @@
 
 from metrics.base import Row, StreamingMetric
 from metrics.binary import BinaryMetric
+from metrics.instance import InstanceMetric
 from metrics.semantic import SemanticMetric
 
-__all__ = ["BinaryMetric", "Row", "SemanticMetric", "StreamingMetric"]
+__all__ = ["BinaryMetric", "InstanceMetric", "Row", "SemanticMetric", "StreamingMetric"]
