@@ -5,6 +5,7 @@ Sizes are (height, width).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,14 @@ def runs_of(code: Rle) -> np.ndarray:
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs
+
+
+def split_codes(joined: bytes, lengths: np.ndarray, size: Sequence[int]) -> list[Rle]:
+    """The codes of a picture of this size, whose texts were joined."""
+    ends = np.cumsum(lengths).tolist()
+    return [
+        {"size": list(size), "counts": joined[end - length : end]} for end, length in zip(ends, lengths, strict=True)
+    ]
 
 
 def patch_of(code: Rle) -> tuple[int, int, np.ndarray]:

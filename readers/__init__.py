@@ -14,7 +14,7 @@ from readers.cache import Cached
 from readers.checks import check, drop, fail_on
 from readers.image_list import ImageList
 from readers.images import read_alpha, read_image
-from readers.instance import InstanceReader, instance_reader, object_table, show_objects
+from readers.instance import InstanceReader, instance_reader, instance_table, object_table
 from readers.masks import FinishedMasks
 from readers.semantic import SemanticReader, class_table, pixel_counts, semantic_reader, show_classes
 from readers.splits import limit, split
@@ -36,6 +36,7 @@ __all__ = [
     "drop",
     "fail_on",
     "instance_reader",
+    "instance_table",
     "limit",
     "object_table",
     "pixel_counts",
@@ -43,6 +44,5 @@ __all__ = [
     "read_image",
     "semantic_reader",
     "show_classes",
-    "show_objects",
     "split",
 ]

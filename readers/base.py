@@ -46,7 +46,6 @@ class Reader(ABC):
 
     faults: Sequence[Fault] = ()
     class_names: Sequence[str] = ()
-    class_ids: Sequence[int | str] = ()  # of these in the data's own files, where results are written with them
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -90,6 +89,11 @@ class Reader(ABC):
         return self, index
 
     @property
+    def file_ids(self) -> Sequence[int | str]:
+        """What stands for each class in the data's own files, where results are to be written with it."""
+        return ()
+
+    @property
     def datasets(self) -> dict[str, DatasetSummary]:
         """{name: (count, weight)} in order of appearance."""
         return {name: DatasetSummary(len(found), self.weight_of(name)) for name, found in self.by_dataset().items()}
@@ -108,7 +112,7 @@ class Subset(Reader):
     def __init__(self, reader: Reader, indices: Sequence[int], *, faults: Sequence[Fault] | None = None):
         self.reader, self.indices = reader, list(indices)
         self.faults = reader.faults if faults is None else faults
-        self.class_names, self.class_ids = reader.class_names, reader.class_ids
+        self.class_names = reader.class_names
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -133,3 +137,7 @@ class Subset(Reader):
 
     def weight_of(self, dataset: str) -> float:
         return self.reader.weight_of(dataset)
+
+    @property
+    def file_ids(self) -> Sequence[int | str]:
+        return self.reader.file_ids

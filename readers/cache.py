@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import UserError
+from layers import split_codes
 from readers.base import Reader, Subset
 from readers.checks import in_threads
-from samples import Sample, Size
+from samples import Layers, Objects, Sample, Size
 from transforms import resize
 
 ABOUT = ("are_labels", "class_ids", "sample_id", "path", "dataset")  # fields of a sample beside its arrays
@@ -65,14 +66,42 @@ class Cached(Subset):
     def read(self, index: int) -> Sample:
         """The sample on arrays that are copies: augmentation may write into them."""
         entry = self._index[index]
-        ends = [(start, start + math.prod(shape), shape) for start, shape in entry["arrays"]]
-        arrays = [self._bytes[start:end].reshape(shape).copy() for start, end, shape in ends]
-        masks = arrays.pop() if entry["has_masks"] else None
-        return Sample(frames=arrays, masks=masks, **entry["about"])
+        arrays = [self._array(*place) for place in entry["arrays"]]
+        frames = [arrays.pop(0) for _ in range(entry["frames"])]
+        return Sample(frames=frames, masks=_joined(entry["kind"], arrays, frames[0].shape[:2]), **entry["about"])
+
+    def _array(self, start: int, dtype: str, shape: list[int]) -> np.ndarray:
+        length = np.dtype(dtype).itemsize * math.prod(shape)
+        return self._bytes[start : start + length].copy().view(dtype).reshape(shape)
+
+
+def _parts(masks: Any) -> tuple[str, list[np.ndarray]]:
+    """The masks of a sample as (kind, arrays)."""
+    if masks is None:
+        return "none", []
+    if isinstance(masks, Layers):
+        return "layers", [masks.maps, masks.layer_of, masks.boxes]
+    if isinstance(masks, Objects):
+        counts = [code["counts"] for code in masks.codes]
+        codes = np.frombuffer(b"".join(counts), np.uint8)
+        return "objects", [codes, np.array(list(map(len, counts)), np.int64), masks.boxes, masks.crowd, masks.areas]
+    return "array", [masks]
+
+
+def _joined(kind: str, arrays: list[np.ndarray], size: Sequence[int]) -> Any:
+    """What `_parts` took apart; codes are of this size."""
+    if kind == "none":
+        return None
+    if kind == "layers":
+        return Layers(*arrays)
+    if kind == "objects":
+        codes, lengths, *others = arrays
+        return Objects(split_codes(codes.tobytes(), lengths, size), *others)
+    return arrays[0]
 
 
 def _write_cache(reader: Reader, path: str, size: Size | None, workers: int, bar: tqdm) -> None:
-    """All arrays (uint8) one after the other, then a JSON index of them, then 8 bytes with the index's length."""
+    """All arrays one after the other, then a JSON index of them, then 8 bytes with the index's length."""
 
     def load(index: int) -> Sample:
         sample = reader.read(index)
@@ -84,11 +113,12 @@ def _write_cache(reader: Reader, path: str, size: Size | None, workers: int, bar
         with bar, open(path, "wb", opener=lambda name, flags: os.open(name, flags | NO_LINKS, 0o600)) as file:
             for sample in in_threads(load, len(reader), workers):
                 places = []
-                for array in [*sample.frames, *([] if sample.masks is None else [sample.masks])]:
-                    places.append((written, array.shape))
-                    written += file.write(np.ascontiguousarray(array).data.cast("B"))
+                kind, arrays = _parts(sample.masks)
+                for array in [*sample.frames, *arrays]:
+                    places.append((written, array.dtype.str, array.shape))
+                    written += file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 about = {key: getattr(sample, key) for key in ABOUT}
-                index.append({"arrays": places, "has_masks": sample.masks is not None, "about": about})
+                index.append({"arrays": places, "frames": len(sample.frames), "kind": kind, "about": about})
                 bar.update()
             encoded = json.dumps(index).encode()
             file.write(encoded + len(encoded).to_bytes(8, "little"))

@@ -25,7 +25,7 @@ Id = int | str
 
 _abridged = reprlib.Repr()  # names values of a json in a sentence, whatever they are
 _abridged.maxstring = _abridged.maxother = 100
-_shown = _abridged.repr
+shown = _abridged.repr
 
 MAX_OUTLINE = 4_000_000  # pixels along one polygon; pycocotools takes 80 bytes of memory for each
 
@@ -95,12 +95,12 @@ class CocoFile:
         except OSError as error:
             return [], [Fault(str(self.path), f"cannot be read any more ({error.strerror or error})")]
         for row in rows:
-            number, category, crowd = _shown(row.get("id")), row.get("category_id"), bool(row.get("iscrowd", 0))
+            number, category, crowd = shown(row.get("id")), row.get("category_id"), bool(row.get("iscrowd", 0))
             if _is_id(category) and category in self.categories:
                 outline, box, area = (row.get(key) for key in ("segmentation", "bbox", "area"))
                 found.append(CocoAnnotation(number, category, crowd, outline, box, area))
             else:
-                problem = f"annotation {number} in {self.path} has the unknown category {_shown(category)}"
+                problem = f"annotation {number} in {self.path} has the unknown category {shown(category)}"
                 faults.append(Fault(image.path, problem))
         return found, faults
 
@@ -145,20 +145,20 @@ class CocoFile:
         number, name = element.value.get("id"), element.value.get("name")
         words = " ".join(name.split()) if isinstance(name, str) else ""
         if not (_is_id(number) and words and words.isprintable()):
-            self._report(f"a category needs an id and a name, not {_shown(number)} and {_shown(name)}")
+            self._report(f"a category needs an id and a name, not {shown(number)} and {shown(name)}")
         elif number in self._categories or words in self._categories.values():
-            self._report(f"category {_shown(number)} ({words}) has an id or a name that another one has")
+            self._report(f"category {shown(number)} ({words}) has an id or a name that another one has")
         else:
             self._categories[number] = words
 
     def _add_image(self, element: Element) -> None:
         number, file_name = element.value.get("id"), element.value.get("file_name")
         if not (_is_id(number) and isinstance(file_name, str) and file_name):
-            self._report(f"an image needs an id and a file_name, not {_shown(number)} and {_shown(file_name)}")
+            self._report(f"an image needs an id and a file_name, not {shown(number)} and {shown(file_name)}")
             return
         name = PurePosixPath(file_name).with_suffix("").as_posix() if PurePosixPath(file_name).name else file_name
         if number in self._found or name in self._names:
-            self._report(f"image {_shown(number)} ({_shown(file_name)}) has an id or a name that another one has")
+            self._report(f"image {shown(number)} ({shown(file_name)}) has an id or a name that another one has")
             return
         self._names.add(name)
         path = self._locate(file_name)
@@ -170,7 +170,7 @@ class CocoFile:
         """Where the image is, "" where it is nowhere, None where its name is not to be followed."""
         relative = PurePosixPath(file_name)
         if relative.is_absolute() or ".." in relative.parts:
-            self._report(f"the file_name {_shown(file_name)} leads out of the images' folder")
+            self._report(f"the file_name {shown(file_name)} leads out of the images' folder")
             return None
         for folder in self._folders:
             path = os.path.join(folder, file_name)
@@ -184,10 +184,10 @@ class CocoFile:
     def _report_absent(self) -> None:
         looked = f"looked in {', '.join(map(str, self._folders))}; name their folder with data.images"
         if self._absent and not any(self._found.values()):
-            self._report(f"none of its {len(self._absent)} images is there ({_shown(self._absent[0])} …): {looked}")
+            self._report(f"none of its {len(self._absent)} images is there ({shown(self._absent[0])} …): {looked}")
             return
         for file_name in self._absent:
-            self._report(f"the image {_shown(file_name)} is not there: {looked}")
+            self._report(f"the image {shown(file_name)} is not there: {looked}")
 
     def _add_annotation(self, element: Element) -> None:
         owner = element.value.get("image_id")
@@ -200,7 +200,7 @@ class CocoFile:
 
     def _report_stray(self, row: dict[str, Any], others: int = 0) -> None:
         more = f"; so are {others} more" if others else ""
-        named = f"annotation {_shown(row.get('id'))} is of image {_shown(row.get('image_id'))}"
+        named = f"annotation {shown(row.get('id'))} is of image {shown(row.get('image_id'))}"
         self._report(f"{named}, which is not in the file{more}")
 
     def _attach(self) -> None:
@@ -284,7 +284,7 @@ def _check_polygon(polygon: Any, size: Size) -> None:
 
 def _checked_rle(code: dict[str, Any], size: Size) -> Rle:
     if code.get("size") != list(size):
-        raise ValueError(f"has a run-length code of size {_shown(code.get('size'))}, its picture has {list(size)}")
+        raise ValueError(f"has a run-length code of size {shown(code.get('size'))}, its picture has {list(size)}")
     counts = code.get("counts")
     runs = decode_counts(counts) if isinstance(counts, str) else counts
     pixels = size[0] * size[1]

@@ -85,11 +85,13 @@ def list_pairs(
     return [Pair(found[stem], found_masks[stem], stem, dataset) for stem in sorted(found.keys() & found_masks.keys())]
 
 
-def list_stems(folder: Path, sub: str, faults: list[Fault]) -> dict[str, str]:
-    """{stem relative to `folder/sub`: path} of all images there."""
+def list_stems(
+    folder: Path, sub: str, faults: list[Fault], suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+) -> dict[str, str]:
+    """{stem relative to `folder/sub`: path} of all images there, or files with other suffixes."""
     inside = folder.resolve()
     found: dict[str, list[str]] = defaultdict(list)
-    for path in walk_images(folder / sub, faults):
+    for path in walk_images(folder / sub, faults, suffixes):
         if not path.resolve().is_relative_to(inside):
             faults.append(Fault(str(path), "links out of the dataset; copy it there, or link the whole dataset"))
             continue

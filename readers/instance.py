@@ -2,7 +2,7 @@
 
     reader = instance_reader("cells/train+coco/annotations/instances_train.json:0.5")
     fail_on(check(reader))
-    print(show_objects(object_table(reader)))
+    print(instance_table(reader))
 
 Labels are those of `class_names`, from 0 on without gaps, whatever ids the files give the classes: those are kept, as
 `file_ids`, for results that others score. Classes of several data sets, and of validation and training, meet by their
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from pycocotools import mask as coco_mask
 
 from errors import UserError
-from layers import MAX_OBJECTS
+from layers import MAX_OBJECTS, split_codes
 from readers.base import DataError, Fault, Reader
-from readers.coco import CocoAnnotation, CocoFile, CocoImage, Id, size_fault, to_rle
-from readers.folders import locate, parse_spec
+from readers.coco import CocoAnnotation, CocoFile, CocoImage, Id, shown, size_fault, to_rle
+from readers.folders import list_stems, locate, parse_spec
 from readers.images import read_image
 from samples import Objects, Rle, Sample, Size
 
@@ -152,6 +153,165 @@ def box_of(code: Rle) -> tuple[float, float, float, float]:
     return left, top, left + width, top + height
 
 
+class YoloFolder(ObjectSource):
+    """Images, and text files of the same stems, in the layout that Ultralytics made common.
+
+    `set/train` is either a folder with `images/` and `labels/`, or stands for `set/images/train` and
+    `set/labels/train`, or for what `set/data.yaml` calls `train`. Classes have their names in `names` of a `data.yaml`,
+    or line by line in `classes.txt`, beside the images or in one of the two folders above. An image without a text file
+    has no objects.
+
+    A line is an object: the class's number, from 0 on, then x and y of three points or more, or center x, center y,
+    width and height of a box alone; all as shares of the picture's sides. The box of an outline is that of its points.
+    """
+
+    def __init__(self, name: str, path: Path, weight: float):
+        super().__init__(name, path, weight)
+        images = self._images(path)
+        if images is None:
+            return
+        labels = _beside(images)
+        self.classes = self._read_classes(images)
+        if not labels.is_dir():
+            self.faults.append(Fault(str(labels), f"is no folder; it would hold the text files for {images}"))
+        elif self.classes:
+            self._list(images, labels)
+
+    def _images(self, path: Path) -> Path | None:
+        """The folder of the images."""
+        above = path.parent
+        folders = [path / "images", above / "images" / path.name, *([path] if "images" in path.parts else [])]
+        listed = self._yaml(above).get(path.name)
+        if isinstance(listed, str) and not path.exists():
+            base = self._yaml(above).get("path")
+            named = [above / part / listed for part in (base if isinstance(base, str) else "", "")]
+            folders += [each for folder in named for each in (folder / "images", folder)]
+        folder = next((folder for folder in folders if os.path.isdir(folder)), None)
+        if folder is None or "images" not in folder.parts:
+            layout = "a data set is a COCO .json, or a folder with images/ and labels/, or what a data.yaml calls so"
+            self.faults.append(Fault(str(path), f"is no data set: {layout}"))
+        elif not folder.resolve().is_relative_to(above.resolve()):
+            self.faults.append(Fault(str(above / "data.yaml"), f"{path.name} leads out of its folder, to {folder}"))
+        elif (folder / "train").is_dir():
+            self.faults.append(Fault(str(path), f"has parts of its own; name one of them, as {path / 'train'}"))
+        else:
+            return folder
+        return None
+
+    def _yaml(self, folder: Path) -> dict[str, Any]:
+        """What the folder's `data.yaml` says, nothing where there is none."""
+        file = folder / "data.yaml"
+        if not file.is_file():
+            return {}
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        except (ValueError, yaml.YAMLError, RecursionError, OSError) as error:
+            self.faults.append(Fault(str(file), f"cannot be read as YAML ({' '.join(str(error).split())})"))
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _read_classes(self, images: Path) -> dict[Id, str]:
+        for folder in [images, *images.absolute().parents[:2]]:
+            names = self._yaml(folder).get("names")
+            if names is not None:
+                rows = names.items() if isinstance(names, dict) else enumerate(names if isinstance(names, list) else [])
+                return self._named(folder / "data.yaml", list(rows))
+            if (folder / "classes.txt").is_file():
+                return self._named(folder / "classes.txt", list(enumerate(_lines(folder / "classes.txt"))))
+        problem = "has no names of classes: a data.yaml with names, or a classes.txt, there or above"
+        self.faults.append(Fault(str(images), problem))
+        return {}
+
+    def _named(self, file: Path, rows: list[tuple[Any, Any]]) -> dict[Id, str]:
+        classes: dict[Id, str] = {}
+        for number, name in rows:
+            words = " ".join(str(name).split()) if type(name) in (str, int, float, bool) else ""
+            if type(number) is not int or number < 0 or not words.isprintable() or not words:
+                self.faults.append(
+                    Fault(str(file), f"class {shown(number)} has no usable number or name: {shown(name)}")
+                )
+            elif words in classes.values():
+                self.faults.append(Fault(str(file), f"class {number} has the name {words}, which another one has"))
+            else:
+                classes[number] = words
+        if not rows:
+            self.faults.append(Fault(str(file), "names no classes"))
+        return classes
+
+    def _list(self, images: Path, labels: Path) -> None:
+        pictures = list_stems(images.parent, images.name, self.faults)
+        texts = list_stems(labels.parent, labels.name, self.faults, suffixes=(".txt",))
+        texts.pop("classes", None)
+        for stem in sorted(texts.keys() - pictures.keys()):
+            self.faults.append(Fault(texts[stem], f"has no image of the same name in {images}"))
+        if not texts or not pictures:
+            self.faults.append(Fault(str(labels if pictures else images), "holds nothing of use"))
+        self.items = [Item(pictures[stem], stem, outlines=texts.get(stem, "")) for stem in sorted(pictures)]
+
+    def find(self, item: Item, size: Size) -> tuple[list[Found], list[Fault]]:
+        if not item.outlines:
+            return [], []
+        try:
+            lines = _lines(Path(item.outlines))
+        except (ValueError, OSError) as error:
+            return [], [Fault(item.outlines, f"is no text in UTF-8 ({error})")]
+        found, faults = [], []
+        for number, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                each = self._object(line.split(), size)
+            except ValueError as error:
+                faults.append(Fault(item.outlines, f"line {number + 1} {error}"))
+                continue
+            if each is not None:
+                found.append(each)
+        return found, faults
+
+    def _object(self, words: list[str], size: Size) -> Found | None:
+        number = int(words[0]) if words[0].isascii() and words[0].isdigit() and len(words[0]) < 10 else None
+        if number is None or number not in self.classes:
+            raise ValueError(f"has the class {shown(words[0])}, not one of {len(self.classes)} numbers from 0 on")
+        shares = _shares(words[1:])
+        has_mask = len(shares) != 4
+        if has_mask and (len(shares) < 6 or len(shares) % 2):
+            raise ValueError(f"has {len(shares)} numbers, neither x and y of three points or more nor a box")
+        if number not in self.labels:  # the class itself is a fault already
+            return None
+        points = (shares.reshape(-1, 2) if has_mask else _box_corners(shares)) * size[::-1]
+        (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
+        code = to_rle([points.ravel().tolist()], size) if has_mask else rectangle((left, top, right, bottom), size)
+        area = float(coco_mask.area(code))
+        return Found(self.labels[number], code, (left, top, right, bottom), area, False, has_mask)
+
+
+def _beside(images: Path) -> Path:
+    """The folder of the text files: the last `images` of the path reads `labels`."""
+    parts = list(images.absolute().parts)
+    last = len(parts) - 1 - parts[::-1].index("images")
+    return Path(*parts[:last], "labels", *parts[last + 1 :])
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8-sig").rstrip().splitlines()
+
+
+def _shares(words: list[str]) -> np.ndarray:
+    """Numbers from 0 to 1, and what rounding makes of them; those are cut off."""
+    try:
+        shares = np.array([float(word) for word in words])
+    except ValueError:
+        raise ValueError("has something that is no number") from None
+    if not ((shares >= -0.01) & (shares <= 1.01)).all():  # nor is NaN
+        raise ValueError("has numbers that are not shares of the picture's sides, from 0 to 1")
+    return shares.clip(0, 1)
+
+
+def _box_corners(box: np.ndarray) -> np.ndarray:
+    """Center x, center y, width, height → two opposite corners, within the picture."""
+    return np.stack([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2]).clip(0, 1)
+
+
 class Checked(NamedTuple):
     """What the check learned of a sample: its objects in a few bytes."""
 
@@ -205,12 +365,10 @@ class InstanceReader(Reader):
         checked, faults = self._objects(index, (image.shape[0], image.shape[1]))
         if checked is None:
             raise DataError(faults[0])
-        ends = np.cumsum(checked.lengths).tolist()
-        texts = [checked.codes[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         return Sample(
             frames=[image],
             masks=Objects(
-                codes=[{"size": list(checked.size), "counts": text} for text in texts],
+                codes=split_codes(checked.codes, checked.lengths, checked.size),
                 boxes=checked.boxes.copy(),
                 crowd=checked.crowd.copy(),
                 areas=checked.areas.copy(),
@@ -309,7 +467,9 @@ def instance_reader(
 
 
 def _open(name: str, path: Path, weight: float, images: Path | None) -> ObjectSource:
-    return CocoObjects(name, path, weight, images)
+    if path.suffix.lower() == ".json":
+        return CocoObjects(name, path, weight, images)
+    return YoloFolder(name, path, weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,9 +503,10 @@ def object_table(reader: Reader) -> list[ObjectRow]:
     return rows
 
 
-def show_objects(rows: Sequence[ObjectRow]) -> str:
-    """The rows of `object_table` as aligned text."""
-    width = max((len(row.name) for row in rows), default=0)
+def instance_table(reader: Reader) -> str:
+    """`object_table` as aligned text."""
+    rows = object_table(reader)
+    width = max([len("class"), *(len(row.name) for row in rows)])
     lines = [f"  {'in files':>10}  {'label':>5}  {'class':<{width}}  objects  crowds"]
     lines += [f"  {r.file_ids:>10}  {r.label:>5}  {r.name:<{width}}  {r.objects:>7}  {r.crowds:>6}" for r in rows]
     boxes = sum(row.without_mask for row in rows)

@@ -103,17 +103,20 @@ class _Window:
             try:
                 value, end = _decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                # Where the window ends nothing is wrong yet. No token but a string is longer than a few characters.
-                breaks_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - 16
+                breaks_off = error.msg.startswith("Unterminated string") or self._is_near_end(error.pos)
                 if breaks_off and self._read_on():
                     continue
                 raise ValueError(f"{error.msg} at byte {self.first + error.pos}") from error
-            if end == len(self.text) and self._read_on():  # of a number there may be more
+            if self._is_near_end(end) and self._read_on():  # of a number there may be more
                 continue
             if not self.text.isascii():
                 value = json.loads(self.text[self.at : end].encode("latin-1"))
             self.at = end
             return value
+
+    def _is_near_end(self, place: int) -> bool:
+        """Whether the window may end within what begins here; no token but a string is longer than this."""
+        return place > len(self.text) - 16
 
     def end(self) -> None:
         """Make sure that nothing follows."""
@@ -136,7 +139,9 @@ class _Window:
     def _read_on(self) -> bool:
         """Let go of what was taken and read on, twice as much each time that one value is not complete."""
         piece = self.file.read(max(PIECE, len(self.text) - self.at))
+        if not piece:
+            return False
         self.first += self.at
         self.text = self.text[self.at :] + piece.decode("latin-1")
         self.at = 0
-        return bool(piece)
+        return True
