@@ -274,7 +274,9 @@ def model_settings(config: Config) -> dict[str, Any]:
 def build_criterion(config: Config, task: Task, reader: Reader) -> Any:
     """The criterion of the family and task; what the loss section says about time is the loop's business."""
     settings = {key: value for key, value in asdict(config.loss).items() if not key.startswith("last_epochs")}
-    return create_criterion(config.model.family, config.task, **task.loss_settings(settings, reader))
+    return create_criterion(
+        config.model.family, config.task, **task.loss_settings(settings, reader, model_settings(config))
+    )
 
 
 def build_optimizer_for(config: Config, model: Any) -> torch.optim.Optimizer:

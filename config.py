@@ -496,6 +496,8 @@ def build(values: dict[str, Value], kind: Kind) -> Config:
     """A `Config` of checked values over the defaults."""
     config = default_config(kind)
     apply(config, values, known_keys(*kind))
+    if "data.size" not in values:
+        config.data.size = list(getattr(config.model, "input_size", None) or config.data.size)
     hide(secret_values(config))
     return config
 

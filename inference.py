@@ -125,7 +125,7 @@ def noted(
         if objects and not isinstance(result, Fault):
             name = f"{frame.info.sample_id}/{number:06d}" if is_video else frame.info.sample_id
             image_id = int(name) if name.isascii() and name.isdigit() else name
-            for kind, records in objects.records(result, image_id, predictor.class_ids).items():
+            for kind, records in objects.records(result, image_id, predictor.file_ids).items():
                 if kind not in lists:
                     lists[kind] = files.enter_context(JsonList(output / f"results_{kind}.json"))
                 lists[kind].extend(records)
@@ -232,7 +232,7 @@ class Predictor:
         self.size = input_size(size or meta.get("size") or DEFAULT_SIZE, model.stride)
         self.task: Task = get_task(meta["task"])
         self.class_names: list[str] = meta.get("class_names") or []
-        self.class_ids: list[Any] = meta.get("class_ids") or []
+        self.file_ids: list[Any] = meta.get("file_ids") or []
         self.results = self.task.results
         if self.task.objects:
             if tile:

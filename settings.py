@@ -83,6 +83,14 @@ class SegFormerSettings:
     norm_eps: float = setting(1e-5, "epsilon of most layer norms: 1e-5 as Hugging Face, 1e-6 as NVlabs", min=0)
 
 
+RFDETR_SIZES: dict[bool, dict[str, int]] = {
+    True: {
+        "nano": 312, "small": 384, "medium": 432, "large": 504, "xlarge": 624, "2xlarge": 768, "preview": 432,
+    },
+    False: {"nano": 384, "small": 512, "medium": 576, "large": 704, "base": 560, "large_deprecated": 560},
+}  # fmt: skip
+
+
 @dataclass
 class RFDETRSettings:
     """RF-DETR (Robinson et al., 2025), with masks or without. The defaults are the official ones."""
@@ -102,6 +110,12 @@ class RFDETRSettings:
     position_side: int = setting(0, "side of the encoder's table of positions, in patches; 0: the size's own", min=0)
     drop_path: float = setting(0.0, "stochastic depth of the encoder", min=0, max=1)
     dropout: float = setting(0.0, "dropout in the decoder", min=0, max=1)
+
+    @property
+    def input_size(self) -> list[int] | None:
+        """What `data.size` is where nobody says it: the size that the official weights were trained at."""
+        side = RFDETR_SIZES[self.masks].get(self.variant)
+        return [side, side] if side else None
 
 
 @dataclass
@@ -359,7 +373,6 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "rfdetr": {
         "task": "instance",
-        "data.size": [312, 312],  # of the default size; the others' is in models/rfdetr/variants.py
         "optimizer.lr": 1e-4,  # 0.7 of it for the decoder
         "optimizer.weight_decay": 1e-4,
         "optimizer.backbone_lr_scale": 0.735,  # 1.5e-4 for the encoder, times 0.7 squared

@@ -528,7 +528,7 @@ def model_meta(run: Run) -> dict[str, Any]:
         "size": list(config.data.size),
         "normalize": config.data.normalize,
         "class_names": run.class_names,
-        "class_ids": list(run.train_loader.dataset.reader.class_ids),
+        "file_ids": list(run.train_loader.dataset.reader.file_ids),
         "validation": run.state.validation,
         "experiment_name": config.experiment_name,
         "config": as_dict(config),

@@ -42,7 +42,7 @@ class ObjectOutputs:
     crops: Callable[[np.ndarray, Any, Sequence[str]], Iterator[tuple[str, np.ndarray]]]
     """(image, result, class names) -> a name and a picture of each object"""
     records: Callable[[Any, int | str, Sequence[Any]], dict[str, list[dict[str, Any]]]]
-    """(result, image id, category ids) -> COCO results for `bbox` and `segm`, the kinds of evaluation"""
+    """(result, image id, ids of the classes in the data's files) -> COCO results for `bbox` and `segm`, the kinds of evaluation"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Task:
     make_target: Callable[[Sample, Sample | None], Any]
     collate_targets: Callable[[list[Any]], Any]
     num_classes: Callable[[Reader], int]  # of a model for the data, where it has such a setting
-    loss_settings: Callable[[Mapping[str, Any], Reader], dict[str, Any]]  # (loss settings, training data) -> arguments
+    loss_settings: Callable[..., dict[str, Any]]  # (loss settings, training data, model settings) -> arguments
     metric: Callable[[Sequence[str], Sequence[str], MetricOptions], Any]  # (names beside its own, class names, …)
     batch_scores: Callable[[Mapping[str, Any], Any], dict[str, Tensor]]  # (outputs, batch) -> 0-dim, on the device
     augment: list[dict[str, Any]]  # the official recipe

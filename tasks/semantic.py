@@ -24,7 +24,7 @@ WRONG, RIGHT = np.array([230, 60, 60], np.float32), np.array([70, 170, 110], np.
 LEGEND_ROWS = 24  # classes that a legend has room for, the most frequent ones
 
 
-def semantic_loss_settings(settings: Mapping[str, Any], reader: Reader) -> dict[str, Any]:
+def semantic_loss_settings(settings: Mapping[str, Any], reader: Reader, model: Mapping[str, Any]) -> dict[str, Any]:
     """The criterion's arguments: how many classes there are, and their weights from how common they are."""
     how = settings["class_weights"]
     weights = None if how == "none" else class_weights(pixel_counts(reader)[:-1].tolist(), how)
