@@ -211,7 +211,7 @@ def fuzz(folder: str, first: int, last: int) -> None:
             for index in range(len(reader)):
                 if not broken & set(reader.files(index)):
                     sample = reader.read(index)
-                    labels = sample.class_ids or [0] if isinstance(sample.masks, Objects) else sample.masks
+                    labels = sample.class_ids or [-1] if isinstance(sample.masks, Objects) else sample.masks
                     assert np.max(labels) < len(reader.class_names)
                     layers = resize(sample, (8, 8)).masks
                     assert isinstance(layers, np.ndarray) or np.isfinite(layers.boxes).all()
