@@ -1,9 +1,9 @@
 """Whether one model is better than another on the same samples, or only luckier: a paired bootstrap.
 
-Samples are drawn with replacement, the same for both, and every metric of both is computed anew, 10 000 times: the
-middle 95 % of its differences are the interval (percentile bootstrap; Efron & Tibshirani, An Introduction to the
-Bootstrap, 1993, chapter 13). A resample is how often it takes each sample, a row of a multinomial draw, so that one
-matrix product computes the means of many.
+Samples are drawn with replacement, the same for both, and every metric of both is computed anew, as many times as it
+says: the middle 95 % of its differences are the interval (percentile bootstrap; Efron & Tibshirani, An Introduction to
+the Bootstrap, 1993, chapter 13). A resample is how often it takes each sample, a row of a multinomial draw, so that
+one matrix product computes the means of many.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from metrics import Row, StreamingMetric
 from results import Result, short_labels
 from tables import Cell, Column, Table, decimals, number
 
-RESAMPLES = 10_000
 COVERAGE = 0.95
 CHUNK = 1 << 23  # weights held at a time, 64 MB of them
 
@@ -53,9 +52,11 @@ class Difference:
 
 
 def compare(
-    metric: StreamingMetric, a: Sequence[Row], b: Sequence[Row], names: Sequence[str], *, resamples: int = RESAMPLES
+    metric: StreamingMetric, a: Sequence[Row], b: Sequence[Row], names: Sequence[str], *, resamples: int | None = None
 ) -> list[Difference]:
     """B's rows against A's, of the same samples in the same order, by the named scores of `metric`.
+
+    With as many resamples as the metric has by default.
 
     Raises `UserError` where the samples are not the same, of which the first is named.
     """
@@ -65,9 +66,10 @@ def compare(
     if len(a) != len(b):
         raise UserError(f"A and B are not of the same samples: A has {len(a)} of them, B has {len(b)}")
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for weights in _draws(len(a), resamples):
+    for weights in _draws(len(a), resamples or metric.resamples):
+        scores_a, scores_b = (metric.resampled(names, rows, weights) for rows in (a, b))
         for name in names:
-            drawn[name].append(_statistic(metric, b, name, weights) - _statistic(metric, a, name, weights))
+            drawn[name].append(scores_b[name] - scores_a[name])
     return [_difference(metric, name, a, b, np.concatenate(drawn[name])) for name in names]
 
 
@@ -78,19 +80,6 @@ def _draws(samples: int, resamples: int) -> Iterator[np.ndarray]:
     chunk = max(1, CHUNK // samples)
     for start in range(0, resamples, chunk):
         yield generator.multinomial(samples, shares, size=min(chunk, resamples - start)).astype(np.float64)
-
-
-def _statistic(metric: StreamingMetric, rows: Sequence[Row], name: str, weights: np.ndarray) -> np.ndarray:
-    """(resamples,) what `StreamingMetric.mean` is for each resample of the rows."""
-    if name in metric.curves:
-        curve, take = metric.curves[name]
-        return np.apply_along_axis(take, 1, weights @ np.stack([row.curves[curve] for row in rows]) / len(rows))
-    scores = np.array([row.scores[name] for row in rows])
-    if name not in metric.maybe_undefined:
-        return weights @ scores / len(rows)
-    there = ~np.isnan(scores)
-    with np.errstate(invalid="ignore"):  # a resample may hold none that has the score
-        return weights @ np.where(there, scores, 0) / (weights @ there)
 
 
 def _difference(
@@ -142,8 +131,8 @@ def _difference_table(a: Result, b: Result, names: Sequence[str]) -> Table:
             about = [Cell(group), Cell(each.metric, a.metric.headings.get(each.metric, each.metric))]
             table.rows.append([*about, *scores, *changes, *shares, verdict])
     table.notes.append(
-        f"{len(a.metric.rows)} samples; {percent} of {RESAMPLES} resamples of them have a difference in the interval "
-        "(paired percentile bootstrap). A or B is better where it leaves out 0; wins are shares of the samples."
+        f"{len(a.metric.rows)} samples; {percent} of {a.metric.resamples} resamples of them have a difference in the "
+        "interval (paired percentile bootstrap). A or B is better where it leaves out 0; wins are shares of the samples."
     )
     return table
 

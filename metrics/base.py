@@ -37,6 +37,7 @@ class StreamingMetric:
     # Of scores that are taken from a curve of the rows: its name, and how.
     curves: Mapping[str, tuple[str, Callable[[np.ndarray], float]]] = MappingProxyType({})
     headings: Mapping[str, str] = MappingProxyType({})  # of scores that tables of the field call otherwise
+    resamples = 10_000  # of the samples, that tell how far a score is due to chance
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -78,6 +79,24 @@ class StreamingMetric:
         if name in self.maybe_undefined:
             values = [value for value in values if not math.isnan(value)] or [math.nan]
         return fmean(values)
+
+    def resampled(self, names: Sequence[str], rows: Sequence[Row], weights: np.ndarray) -> dict[str, np.ndarray]:
+        """(R,) what `mean` is of each name if each row stands there `weights` (R, rows) times, float64 integers.
+
+        The weights of each of the R resamples sum to the number of rows.
+        """
+        return {name: self._resampled(name, rows, weights) for name in names}
+
+    def _resampled(self, name: str, rows: Sequence[Row], weights: np.ndarray) -> np.ndarray:
+        if name in self.curves:
+            curve, take = self.curves[name]
+            return np.apply_along_axis(take, 1, weights @ np.stack([row.curves[curve] for row in rows]) / len(rows))
+        scores = np.array([row.scores[name] for row in rows])
+        if name not in self.maybe_undefined:
+            return weights @ scores / len(rows)
+        there = ~np.isnan(scores)
+        with np.errstate(invalid="ignore"):  # a resample may hold none that has the score
+            return weights @ np.where(there, scores, 0) / (weights @ there)
 
     def undefined(self) -> dict[str, int]:
         """How many samples have no such score, of the scores that some lack."""

@@ -177,7 +177,7 @@ class InstanceMetric(StreamingMetric):
     def _own_scores(self, row: Row) -> dict[str, float]:
         """What one sample scores by itself, see the class."""
         ranking, once = Ranking.of([row], self.kinds), np.ones((1, 1), np.int32)
-        scores = self._scores([ranking], ranking, once)
+        scores = self._scores(self.kinds, [ranking], ranking, once)
         own = {name: values.item() for name, values in scores.items()}
         if math.isnan(own[self.primary]):
             wrong = unpack(row.curves[f"{self.kinds[0]}_wrong"])[0, 0]
@@ -191,7 +191,7 @@ class InstanceMetric(StreamingMetric):
         for known, scores in self._known:
             if len(known) == len(rows) and all(map(operator.is_, known, rows)):
                 return dict(scores)
-        drawn = self.resampled(rows, np.ones((1, len(rows))))
+        drawn = self.resampled(list(self.higher_is_better), rows, np.ones((1, len(rows))))
         found = {name: values.item() for name, values in drawn.items()}
         self._known = [(list(rows), found), *self._known[: KEPT - 1]]
         return dict(found)
@@ -200,15 +200,16 @@ class InstanceMetric(StreamingMetric):
         """One of `means`."""
         return self.means(rows)[name]
 
-    def resampled(self, rows: Sequence[Row], weights: np.ndarray) -> dict[str, np.ndarray]:
-        """(R,) every score of R resamples that take each row `weights` (R, rows) times."""
-        ranking = Ranking.of(rows, self.kinds)
-        classes = [each for _, each in ranking.by_class()]
+    def resampled(self, names: Sequence[str], rows: Sequence[Row], weights: np.ndarray) -> dict[str, np.ndarray]:
+        """See `StreamingMetric`; all scores of masks, or of boxes, take the time of one."""
+        kinds = [kind for kind in self.kinds if any(name.startswith(kind) for name in names)]
+        together = Ranking.of(rows, self.kinds)
+        classes = [each for _, each in together.by_class()]
         longest = max((len(each.scores) for each in classes), default=0)
         step = max(1, HELD // (math.prod(BITS) * max(longest, len(RECALLS) * len(classes), 1)))
-        parts = [self._scores(classes, ranking, weights[start : start + step].astype(np.int32))
+        parts = [self._scores(kinds, classes, together, weights[start : start + step].astype(np.int32))
                  for start in range(0, len(weights), step)]  # fmt: skip
-        return {name: np.concatenate([part[name] for part in parts]) for name in self.higher_is_better}
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
     def per_class(self) -> list[dict[str, Any]]:
         """{name, AP and AP50 of each kind, precision, recall, objects} of each class over all rows.
@@ -230,10 +231,12 @@ class InstanceMetric(StreamingMetric):
             rows.append(row | {"objects": int(ranking.there(once)[0, 0]) if ranking else 0})
         return rows
 
-    def _scores(self, classes: list[Ranking], together: Ranking, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """(R,) every score from the rankings of each class and of all classes together."""
+    def _scores(
+        self, kinds: Sequence[str], classes: list[Ranking], together: Ranking, weights: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """(R,) every score of these kinds, from the rankings of each class and of all classes together."""
         scores: dict[str, np.ndarray] = {}
-        for kind in self.kinds:
+        for kind in kinds:
             each = [ranking.precision_and_recall(kind, weights, self.limits) for ranking in classes]
             precision, recall = (np.stack(parts, -1) for parts in zip(*each, strict=True))
             scores |= {f"{kind}_{name}": values for name, values in coco_scores(precision, recall).items()}

@@ -96,7 +96,7 @@ class CocoFile:
             return [], [Fault(str(self.path), f"cannot be read any more ({error.strerror or error})")]
         for row in rows:
             number, category, crowd = shown(row.get("id")), row.get("category_id"), bool(row.get("iscrowd", 0))
-            if _is_id(category) and category in self.categories:
+            if is_id(category) and category in self.categories:
                 outline, box, area = (row.get(key) for key in ("segmentation", "bbox", "area"))
                 found.append(CocoAnnotation(number, category, crowd, outline, box, area))
             else:
@@ -144,7 +144,7 @@ class CocoFile:
     def _add_category(self, element: Element) -> None:
         number, name = element.value.get("id"), element.value.get("name")
         words = " ".join(name.split()) if isinstance(name, str) else ""
-        if not (_is_id(number) and words and words.isprintable()):
+        if not (is_id(number) and words and words.isprintable()):
             self._report(f"a category needs an id and a name, not {shown(number)} and {shown(name)}")
         elif number in self._categories or words in self._categories.values():
             self._report(f"category {shown(number)} ({words}) has an id or a name that another one has")
@@ -153,7 +153,7 @@ class CocoFile:
 
     def _add_image(self, element: Element) -> None:
         number, file_name = element.value.get("id"), element.value.get("file_name")
-        if not (_is_id(number) and isinstance(file_name, str) and file_name):
+        if not (is_id(number) and isinstance(file_name, str) and file_name):
             self._report(f"an image needs an id and a file_name, not {shown(number)} and {shown(file_name)}")
             return
         name = PurePosixPath(file_name).with_suffix("").as_posix() if PurePosixPath(file_name).name else file_name
@@ -191,7 +191,7 @@ class CocoFile:
 
     def _add_annotation(self, element: Element) -> None:
         owner = element.value.get("image_id")
-        if not _is_id(owner):
+        if not is_id(owner):
             self._report_stray(element.value)
             return
         self._owner.append(self._owners.setdefault(owner, len(self._owners)))
@@ -231,7 +231,7 @@ def _folders(path: Path, images: Path | None) -> list[Path]:
     return [*given, path.parent, above / "images" / split, above / split, above / "images"]
 
 
-def _is_id(value: Any) -> TypeGuard[Id]:
+def is_id(value: Any) -> TypeGuard[Id]:
     return type(value) in (int, str)
 
 
