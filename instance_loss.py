@@ -6,7 +6,7 @@ of the features, and the losses build the masks of matched queries alone, a chun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 from loss import Criterion, full_precision
-from matcher import HungarianMatcher, Matches, Stages, bilinear, chunks, labels_at, overlaps
+from matcher import HungarianMatcher, Matches, Stages, blend, chunks, labels_at, neighbours, overlaps
 from samples import InstanceTarget
 
 MATCHING = {"class": 2.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
@@ -118,9 +118,9 @@ class InstanceCriterion(Criterion):
 
     def _mask_terms(self, stages: Stages, k: int, targets: InstanceTarget, matches: Matches) -> Tensor:
         """(2,) sums over matches of cross entropy and Dice at uncertain points of one stage."""
-        height, width = stages.mask_features[k].shape[-2:]
+        height, width = stages.mask_features[k][0].shape[-2:]
         points = max(height, height * width // self.point_ratio)
-        parts = list(chunks(len(matches.image), max(height * width, 4 * OVERSAMPLING * points)))
+        parts = list(chunks(len(matches.image), height * width))
         if len(parts) == 1:
             return mask_sums(stages, k, targets, matches, parts[0], points)
         # What backward needs of so many masks is computed again when it is needed.
@@ -131,8 +131,8 @@ class InstanceCriterion(Criterion):
 def mask_sums(stages: Stages, k: int, targets: InstanceTarget, matches: Matches, part: slice, points: int) -> Tensor:
     """(2,) sums of cross entropy and Dice at so many points of the matches `part` of stage `k`."""
     masks = matched_masks(stages, k, matches, part)
-    where = uncertain_points(masks.detach(), points)
-    found = bilinear(masks, where)
+    where = uncertain_points([each.detach() for each in masks], stages.mask_bias, points)
+    found = at_points(masks, where) + stages.mask_bias
     layer = targets.layer_of[matches.object[k, part]]
     labels = labels_at(targets.maps, matches.image[part, None], layer[:, None], where)
     truth = (labels == matches.label[k, part, None]).to(found.dtype)
@@ -142,25 +142,34 @@ def mask_sums(stages: Stages, k: int, targets: InstanceTarget, matches: Matches,
     return torch.stack([cross_entropy.sum(), dice.sum()])
 
 
-def matched_masks(stages: Stages, k: int, matches: Matches, part: slice) -> Tensor:
-    """Logits (n, h, w) of the matches `part` of stage `k`."""
-    features = stages.mask_features[k]
+def matched_masks(stages: Stages, k: int, matches: Matches, part: slice) -> list[Tensor]:
+    """Of each image the masks (n, h, w) of the matches `part` of stage `k`: logits but for the bias, which is cheaper to
+    add to points."""
     queries = stages.mask_queries[k][matches.image[part], matches.query[k, part]]
     ends = np.cumsum(matches.per_image).clip(part.start, part.stop)
-    sizes = np.diff(ends, prepend=part.start).tolist()
-    pairs = zip(queries.split(sizes), features, strict=True)
-    masks = torch.cat([own @ full_precision(maps).flatten(1) for own, maps in pairs])
-    return (masks + stages.mask_bias).unflatten(1, features.shape[-2:])
+    own = queries.split(np.diff(ends, prepend=part.start).tolist())
+    return [torch.tensordot(q, full_precision(maps), 1) for q, maps in zip(own, stages.mask_features[k], strict=True)]
 
 
 @torch.no_grad()
-def uncertain_points(masks: Tensor, count: int) -> Tensor:
-    """Random points (n, count, 2) of logits (n, h, w): most of them where a logit is nearest to 0 among candidates."""
-    candidates = torch.rand(len(masks), OVERSAMPLING * count, 2, device=masks.device)
+def uncertain_points(masks: Sequence[Tensor], bias: Tensor, count: int) -> Tensor:
+    """Random points (n, count, 2) of n masks in all: most of them where a logit is nearest to 0 among candidates."""
+    total, device = sum(map(len, masks)), bias.device
+    candidates = torch.rand(total, OVERSAMPLING * count, 2, device=device)
     uncertain = int(UNCERTAIN * count)
-    index = bilinear(masks, candidates).abs().topk(uncertain, largest=False, sorted=False).indices
-    anywhere = torch.rand(len(masks), count - uncertain, 2, device=masks.device)
-    return torch.cat([torch.take_along_dim(candidates, index.unsqueeze(-1), 1), anywhere], 1)
+    doubt = (at_points(masks, candidates) + bias).abs()
+    index = doubt.topk(uncertain, largest=False, sorted=False).indices
+    anywhere = torch.rand(total, count - uncertain, 2, device=device)
+    return torch.cat([candidates.gather(1, index.unsqueeze(-1).expand(-1, -1, 2)), anywhere], 1)
+
+
+def at_points(masks: Sequence[Tensor], points: Tensor) -> Tensor:
+    """Masks (n, h, w) of each image, N in all, at points (N, P, 2): (N, P)."""
+    height, width = masks[0].shape[-2:]
+    index, x, y = neighbours(points, (height, width))
+    indices = index.split([len(each) for each in masks])
+    values = [each.flatten(1).gather(1, own) for each, own in zip(masks, indices, strict=True)]
+    return blend(torch.cat(values), x, y)
 
 
 def negative_sum(logits: Tensor) -> Tensor:

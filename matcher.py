@@ -6,8 +6,8 @@ goes to the host in one transfer: the only time in a step that the host waits fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from loss import full_precision
-from samples import InstanceTarget
+from samples import InstanceTarget, Size
 
-# Values that a chunk of the largest intermediate may hold (64 MB in float32).
-CHUNK = 2**24
+# Values that a chunk of the largest intermediate may hold (128 MB in float32).
+CHUNK = 2**25
 TINY = 1e-7  # area by which degenerate boxes are divided
 
 
@@ -32,25 +32,34 @@ class Stages(NamedTuple):
     logits: Tensor  # (K, B, Q, C), Q being the queries of all groups, group after group
     boxes: Tensor  # (K, B, Q, 4) center x, center y, width, height, as shares of the input's sides
     mask_queries: list[Tensor]  # K of (B, Q, D), or none
-    mask_features: list[Tensor]  # K of (B, D, h, w), or none
+    mask_features: list[Sequence[Tensor]]  # K of B of (D, h, w), or none; in the outputs' own precision
     mask_bias: Tensor  # (1,), 0 where there is none
 
     @classmethod
     def of(cls, outputs: Mapping[str, Tensor]) -> Stages:
-        """The stages of what RF-DETR returns in training, in float32; features, the largest, keep their precision."""
+        """The stages of what RF-DETR returns in training, see `InstanceCriterion.forward`."""
 
-        def listed(name: str) -> list[Tensor]:
+        def stages(name: str, split: Callable[[Tensor], Sequence[Any]]) -> list[Any]:
             if name not in outputs:
                 return []
-            *before, last = outputs[name].unbind()
+            *before, last = split(outputs[name])
             encoder = outputs.get(f"encoder_{name}")
-            return [last, *before] if encoder is None else [last, *before, encoder]
+            return [last, *before] if encoder is None else [last, *before, *split(encoder.unsqueeze(0))]
+
+        def layers(values: Tensor) -> Sequence[Tensor]:
+            return full_precision(values).unbind()
+
+        def maps(values: Tensor) -> Sequence[Sequence[Tensor]]:
+            images = values.shape[1]
+            # Split once and not twice, for the sake of backward, which puts the pieces together again.
+            flat = values.flatten(0, 1).unbind()
+            return [flat[first : first + images] for first in range(0, len(flat), images)]
 
         return cls(
-            logits=torch.stack([full_precision(logits) for logits in listed("logits")]),
-            boxes=torch.stack([full_precision(boxes) for boxes in listed("boxes")]),
-            mask_queries=[full_precision(queries) for queries in listed("mask_queries")],
-            mask_features=listed("mask_features"),
+            logits=torch.stack(stages("logits", layers)),
+            boxes=torch.stack(stages("boxes", layers)),
+            mask_queries=stages("mask_queries", layers),
+            mask_features=stages("mask_features", maps),
             mask_bias=full_precision(outputs.get("mask_bias", outputs["boxes"].new_zeros(1))),
         )
 
@@ -126,11 +135,15 @@ class HungarianMatcher:
         device = stages.logits.device
         if not stages.mask_features or not (self.weights["mask"] or self.weights["dice"]):
             return torch.empty(len(stages.logits), 0, 2, device=device), torch.empty(0)
-        height, width = stages.mask_features[0].shape[-2:]
+        height, width = stages.mask_features[0][0].shape[-2:]
         count = height * width // self.point_ratio
         points = torch.cat([torch.rand(1, count, 2, device=device) for _ in stages.mask_features])
-        at = zip(stages.mask_features, points, strict=True)
-        return points, torch.stack([full_precision(bilinear(features, each)) for features, each in at])
+        sampled = []
+        for features, at in zip(stages.mask_features, points, strict=True):
+            index, x, y = neighbours(at, (height, width))
+            values = torch.stack([maps.flatten(1)[:, index] for maps in features])
+            sampled.append(blend(full_precision(values), x, y))
+        return points, torch.stack(sampled)
 
     def _box_cost(self, logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> Tensor:
         """(k, Q, n) from logits (k, Q, C), boxes (k, Q, 4) and those of n objects."""
@@ -212,24 +225,29 @@ def sides(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 # Points, (..., 2) x and y in [0, 1] over a whole map
+#
+# Bilinear values are those of `F.grid_sample` with its border and corners not aligned. Gathering takes as long, needs
+# no copies of maps that share points, works on every device and is deterministic in backward.
 
 
-def bilinear(maps: Tensor, points: Tensor) -> Tensor:
-    """Maps (..., h, w) at points (..., P, 2) that broadcast: (..., P). Beyond the outer pixels' centres they are flat.
-
-    As `F.grid_sample` with its border and corners not aligned, but on every device, and deterministic in backward.
-    """
-    height, width = maps.shape[-2:]
+def neighbours(points: Tensor, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """(where in a flat map the four pixels around points (..., P, 2) are, (..., 4·P); the points' place between them,
+    x and y, (..., P) in [0, 1])."""
+    height, width = size
     x = (points[..., 0] * width - 0.5).clamp(0, width - 1)
     y = (points[..., 1] * height - 0.5).clamp(0, height - 1)
-    left, top = x.long(), y.long()
-    x, y = (x - left).to(maps.dtype), (y - top).to(maps.dtype)
-    right, lower = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1) * width
-    upper = top * width
-    index = torch.cat([upper + left, upper + right, lower + left, lower + right], -1)
-    values = torch.take_along_dim(maps.flatten(-2), index.expand(*maps.shape[:-2], -1), -1)
-    weights = torch.cat([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], -1)
-    return (values * weights).unflatten(-1, (4, -1)).sum(-2)
+    left, top = x.long().clamp(max=max(0, width - 2)), y.long().clamp(max=max(0, height - 2))
+    right, below = min(1, width - 1), min(1, height - 1) * width
+    corner = top * width + left
+    index = torch.cat([corner, corner + right, corner + below, corner + below + right], -1)
+    return index, x - left, y - top
+
+
+def blend(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Values (..., 4·P) at neighbours: (..., P) in between."""
+    upper_left, upper_right, lower_left, lower_right = values.unflatten(-1, (4, -1)).unbind(-2)
+    x, y = x.to(values.dtype), y.to(values.dtype)
+    return torch.lerp(torch.lerp(upper_left, upper_right, x), torch.lerp(lower_left, lower_right, x), y)
 
 
 def labels_at(maps: Tensor, image: int | Tensor, layer: Tensor, points: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 import instance_loss
 import matcher
 from errors import UserError
-from instance_loss import InstanceCriterion, negative_sum
-from matcher import HungarianMatcher, Stages, assign, bilinear, labels_at, overlaps
+from instance_loss import InstanceCriterion, at_points, negative_sum
+from matcher import HungarianMatcher, Stages, assign, blend, labels_at, neighbours, overlaps
 from samples import InstanceTarget
 from settings import InstanceLossSettings
 from tests.conftest import needs_cuda
@@ -189,10 +189,11 @@ def test_points_are_sampled_as_grid_sample_does(size: tuple[int, int]) -> None:
     points[:, :5] = torch.tensor([[0, 0], [1, 1], [0, 1], [0.5, 0.5], [1, 0]])
     grid = (2 * points.double() - 1).unsqueeze(2)
     wanted = F.grid_sample(maps.unsqueeze(1), grid, "bilinear", "border", align_corners=False)[:, 0, :, 0]
-    torch.testing.assert_close(bilinear(maps, points), wanted, rtol=1e-6, atol=1e-6)
-    assert torch.autograd.gradcheck(lambda maps: bilinear(maps, points), maps)
-    shared = bilinear(maps, points[0])  # the same points for all
-    torch.testing.assert_close(shared, bilinear(maps, points[:1].expand(3, -1, -1)))
+    torch.testing.assert_close(at_points(maps.split([2, 0, 1]), points), wanted, rtol=1e-6, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda maps: at_points([maps], points), maps)
+    index, x, y = neighbours(points[0], size)  # the same points for all
+    shared = blend(maps.flatten(1)[:, index], x, y)
+    torch.testing.assert_close(shared, at_points([maps], points[:1].expand(3, -1, -1)))
 
     labels = torch.randint(0, 4, (3, 2, *size), dtype=torch.int16)
     layer = torch.tensor([0, 1, 1])
@@ -305,7 +306,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matcher, "CHUNK", 4 * SIZE[0] * SIZE[1])
     plain, calls = instance_loss.matched_masks, itertools.count()
 
-    def counted(*args: Any) -> Tensor:
+    def counted(*args: Any) -> list[Tensor]:
         next(calls)
         return plain(*args)
 
