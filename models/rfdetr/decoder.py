@@ -79,7 +79,7 @@ class DecoderLayer(nn.Module):
         alone = [part.reshape(len(part) * groups, -1, part.shape[-1]) for part in (x, positions)]
         x = self.norm1(x + self.dropout(self.self_attn(*alone).view_as(x)))
         x = self.norm2(x + self.dropout(self.cross_attn(x + positions, boxes, memory, sizes)))
-        return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))))
+        return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
 class Perceptron(nn.Module):
@@ -93,7 +93,7 @@ class Perceptron(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
         for layer in hidden:
-            x = F.relu(layer(x), inplace=True)
+            x = F.relu(layer(x))
         return last(x)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.base import checkpointed
 from models.rfdetr.decoder import Perceptron
+from models.rfdetr.rows import few_rows
 
 RATIO = 4  # of the input's sides to the masks'
 
@@ -33,30 +34,41 @@ class MaskHead(nn.Module):
             feature: (B, h, w, D), the projector's finest.
             size: (height, width) of the input.
         """
-        planes = self.planes(maps, feature, size)
+        first, *others = self.planes(maps, feature, size)
         if not self.training:
-            masks = self.vectors(states[-1]) @ planes[-1].flatten(2)
-            return {"masks": masks.unflatten(-1, planes.shape[-2:]) + self.bias}
+            plane = (others or [first])[-1]
+            masks = self.vectors(states[-1]) @ plane.flatten(1, 2).mT
+            return {"masks": masks.unflatten(-1, plane.shape[1:3]) + self.bias}
+        planes = torch.stack(others) if others else first.expand(len(states), *first.shape)
+        parameters = [parameter for layer in self.vector_layers() for parameter in layer.parameters()]
         return {
-            "mask_queries": self.vectors(states),
-            "mask_features": planes[:-1],
-            "encoder_mask_queries": self.vectors(proposed),
-            "encoder_mask_features": planes[-1],
+            "mask_queries": few_rows(self.vectors, states, parameters),
+            "mask_features": planes.permute(0, 1, 4, 2, 3),
+            "encoder_mask_queries": few_rows(self.vectors, proposed, parameters),
+            "encoder_mask_features": first.permute(0, 3, 1, 2),
             "mask_bias": self.bias,
         }
 
     def vectors(self, states: Tensor) -> Tensor:
-        """(…, D) → (…, D)."""
+        """(…, D) → (…, E)."""
         raise NotImplementedError
 
-    def planes(self, maps: list[Tensor], feature: Tensor, size: tuple[int, int]) -> Tensor:
-        """In training (L + 1, B, D, H/4, W/4): one for each layer and at last one for the proposals; in evaluation
-        (1, B, D, H/4, W/4), the last layer's."""
+    def vector_layers(self) -> list[nn.Module]:
+        """Those that `vectors` uses."""
+        raise NotImplementedError
+
+    def planes(self, maps: list[Tensor], feature: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """(B, H/4, W/4, E): one for the proposals, and one for each decoder layer unless that one serves them too."""
         raise NotImplementedError
 
 
 class OfficialMaskHead(MaskHead):
-    """The official head: a depthwise block more with each decoder layer; the proposals' map goes through none."""
+    """The official head: a depthwise block more with each decoder layer; the proposals' plane goes through none.
+
+    Officially both the queries and the planes go through a last linear layer. In the product of the two these are one
+    matrix, which is applied to the queries: they are far fewer than pixels. What the planes' bias adds to a mask is the
+    same everywhere; it is the vectors' last channel, and that of the planes is 1.
+    """
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -68,43 +80,48 @@ class OfficialMaskHead(MaskHead):
         self.checkpointing = False
 
     def vectors(self, states: Tensor) -> Tensor:
-        return self.query_features_proj(self.query_features_block(states))
+        planes, queries = self.spatial_features_proj, self.query_features_proj
+        with torch.autocast(states.device.type, enabled=False):
+            both = torch.cat([planes.weight.flatten(1), planes.get_parameter("bias")[:, None]], 1).T
+            weight, bias = both @ queries.weight, both @ queries.bias
+        return F.linear(self.query_features_block(states), weight, bias)
 
-    def planes(self, maps: list[Tensor], feature: Tensor, size: tuple[int, int]) -> Tensor:
+    def vector_layers(self) -> list[nn.Module]:
+        return [self.spatial_features_proj, self.query_features_block, self.query_features_proj]
+
+    def planes(self, maps: list[Tensor], feature: Tensor, size: tuple[int, int]) -> list[Tensor]:
         stages = [resize(feature, size)]
         for block in self.blocks:
             x = stages[-1]
             stages.append(checkpointed(block, x) if self.checkpointing and self.training else block(x))
-        stacked = torch.stack([*stages[1:], stages[0]] if self.training else stages[-1:])
-        projection = self.spatial_features_proj
-        return F.linear(stacked, projection.weight.flatten(1), projection.bias).permute(0, 1, 4, 2, 3)
+        return [F.pad(x, (0, 1), value=1.0) for x in (stages if self.training else stages[-1:])]
 
 
 class FpnMaskHead(MaskHead):
     """A feature pyramid: the encoder's maps, deepest first, are added one by one to the projector's and smoothed.
 
-    One map serves all decoder layers.
+    One plane serves the proposals and all decoder layers.
     """
 
-    def __init__(self, channels: int, count: int, width: int, layers: int) -> None:
+    def __init__(self, channels: int, count: int, width: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(1))
-        self.layers = layers
         self.lateral = nn.ModuleList(nn.Linear(channels, width) for _ in range(count))
         self.smooth = nn.ModuleList(SmoothingBlock(width) for _ in range(count))
         self.finest = SmoothingBlock(width)
-        self.features = nn.Linear(width, width)
         self.queries = Perceptron(width, width, width, 3)
 
     def vectors(self, states: Tensor) -> Tensor:
         return self.queries(states)
 
-    def planes(self, maps: list[Tensor], feature: Tensor, size: tuple[int, int]) -> Tensor:
+    def vector_layers(self) -> list[nn.Module]:
+        return [self.queries]
+
+    def planes(self, maps: list[Tensor], feature: Tensor, size: tuple[int, int]) -> list[Tensor]:
         x = feature
         for lateral, smooth, level in zip(self.lateral, self.smooth, reversed(maps), strict=True):
             x = smooth(x + lateral(level))
-        plane = self.features(self.finest(resize(x, size))).permute(0, 3, 1, 2)
-        return plane.expand(self.layers + 1 if self.training else 1, *plane.shape)
+        return [self.finest(resize(x, size))]
 
 
 class DepthwiseBlock(nn.Module):

@@ -32,6 +32,7 @@ from models.rfdetr.keys import (
 from models.rfdetr.masks import FpnMaskHead, OfficialMaskHead
 from models.rfdetr.projector import Projector
 from models.rfdetr.proposals import Proposals
+from models.rfdetr.rows import few_rows
 from models.rfdetr.variants import STORAGE, find_variant
 
 DECODER_LR = 0.7  # the decoder's share of the learning rate, in the official code as here
@@ -48,8 +49,8 @@ class RFDETR(Model):
     In training, for all L decoder layers and all G groups of queries (those of a group together):
     `logits` (L, B, G·Q, C + 1), `boxes` (L, B, G·Q, 4), and of the proposals that started the queries
     `encoder_logits` (B, G·Q, C + 1), `encoder_boxes` (B, G·Q, 4). With masks the factors of their logits:
-    `mask_queries` (L, B, G·Q, D), `mask_features` (L, B, D, H/4, W/4), `encoder_mask_queries` (B, G·Q, D),
-    `encoder_mask_features` (B, D, H/4, W/4), and `mask_bias` (1,), which is added to the products.
+    `mask_queries` (L, B, G·Q, E), `mask_features` (L, B, E, H/4, W/4), `encoder_mask_queries` (B, G·Q, E),
+    `encoder_mask_features` (B, E, H/4, W/4), and `mask_bias` (1,), which is added to the products.
 
     Officially class 0 of C + 1 is COCO's unused id 0; here labels are 0…C-1 and the last logit stays unused.
 
@@ -112,7 +113,7 @@ class RFDETR(Model):
             nn.init.zeros_(parameter)
         self.mask_head: FpnMaskHead | OfficialMaskHead | None = None
         if masks and mask_head == "fpn":
-            self.mask_head = FpnMaskHead(channels, maps, width, row.layers)
+            self.mask_head = FpnMaskHead(channels, maps, width)
         elif masks:
             self.mask_head = OfficialMaskHead(width, row.layers)
 
@@ -129,7 +130,8 @@ class RFDETR(Model):
         boxes = self._place_queries(encoder_boxes.detach()).flatten(1, 2)
         queries = self.query_states[:groups].flatten(0, 1).expand(len(images), -1, -1)
         states = self.decoder(queries, boxes, memory, sizes, groups)
-        outputs = {"logits": self.class_head(states), "boxes": move_boxes(boxes, self.box_head(states))}
+        delta = few_rows(self.box_head, states, self.box_head.parameters())
+        outputs = {"logits": self.class_head(states), "boxes": move_boxes(boxes, delta)}
         if self.training:
             outputs |= {"encoder_logits": encoder_logits.flatten(1, 2), "encoder_boxes": encoder_boxes.flatten(1, 2)}
         else:
