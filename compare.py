@@ -132,7 +132,7 @@ def _difference_table(a: Result, b: Result, names: Sequence[str]) -> Table:
             table.rows.append([*about, *scores, *changes, *shares, verdict])
     table.notes.append(
         f"{len(a.metric.rows)} samples; {percent} of {a.metric.resamples} resamples of them have a difference in the "
-        "interval (paired percentile bootstrap). A or B is better where it leaves out 0; wins are shares of the samples."
+        "interval (paired percentile bootstrap). A or B is better where it leaves out 0; wins are shares of samples."
     )
     return table
 

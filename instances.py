@@ -18,7 +18,7 @@ from torch import Tensor
 
 from samples import Rle, SampleInfo, Size
 
-MAP_VALUES = 2**24  # rows of maps × columns of pictures that are looked at together
+MAP_VALUES = 2**22  # rows of maps × columns of pictures that are looked at together
 CELL_VALUES = 2**20  # columns of cells on an outline that are held together
 
 
@@ -145,10 +145,11 @@ def _run_starts(maps: Tensor, size: Size, content: tuple[float, float]) -> np.nd
         return rows_of_maps[:, left] * (1 - share) + rows_of_maps[:, right] * share
 
     # From the foot of one column to the head of the next.
-    head, foot = across(maps[:, 0]) > 0, across(maps[:, -1]) > 0
+    touching = (maps[:, [0, -1]] > 0).flatten(1).any(1).nonzero().squeeze(1)
+    head, foot = (across(maps[touching, row]) > 0 for row in (0, -1))
     before = torch.cat([torch.zeros_like(foot[:, :1]), foot[:, :-1]], 1)
     index, column = (head != before).nonzero().unbind(1)
-    found = [index * stride + column * height]
+    found = [touching[index] * stride + column * height]
     # Within a column: in the cells of the map whose corners differ, column by column.
     per_cell = torch.bincount(left, minlength=maps.shape[2])
     first = per_cell.cumsum(0) - per_cell
@@ -195,6 +196,13 @@ def _cells_on_outlines(positive: Tensor) -> Tensor:
 # ---------------------------------------------------------------- run-length codes
 
 
+def areas_of(codes: Sequence[Rle]) -> np.ndarray:
+    """(n,) float64 pixels of masks."""
+    # pycocotools 2.0.11 fails with more than 255 at a time.
+    parts = [coco_mask.area(codes[start : start + 255]) for start in range(0, len(codes), 255)]
+    return np.concatenate([np.zeros(0), *parts])
+
+
 def _to_codes(starts: np.ndarray, count: int, size: Size) -> list[Rle]:
     """The codes of `count` masks from the starts of their runs, see `_run_starts`."""
     pixels = size[0] * size[1]
@@ -222,13 +230,19 @@ def compress(runs: np.ndarray, first: np.ndarray) -> list[bytes]:
         values[early] = runs[early]
     magnitude = np.where(values < 0, ~values, values)
     lengths = np.ones(len(values), np.int64)
-    groups = 1
-    while (longer := magnitude >= 1 << (5 * groups - 1)).any():
+    bits = 4
+    while (longer := magnitude >> bits > 0).any():
         lengths += longer
-        groups += 1
-    characters = (values[:, None] >> (5 * np.arange(groups))) & 31
-    is_used = np.arange(groups) < lengths[:, None]
-    characters += 48 + 32 * (np.arange(groups) < lengths[:, None] - 1)
-    text = characters[is_used].astype(np.uint8).tobytes()
-    borders = np.append(0, np.cumsum(lengths))[np.append(first, len(runs))]
-    return [text[start:end] for start, end in itertools.pairwise(borders)]
+        bits += 5
+    ends = np.cumsum(lengths)
+    text = np.empty(ends[-1], np.uint8)
+    places, rest = ends - lengths, np.arange(len(values))
+    while len(rest):
+        lengths[rest] -= 1
+        text[places[rest]] = 48 + (values[rest] & 31) + 32 * (lengths[rest] > 0)
+        rest = rest[lengths[rest] > 0]
+        values[rest] >>= 5
+        places[rest] += 1
+    borders = np.append(0, ends)[np.append(first, len(runs))]
+    whole = text.tobytes()
+    return [whole[start:end] for start, end in itertools.pairwise(borders)]

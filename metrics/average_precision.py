@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from instances import ranks_within
+from instances import areas_of, ranks_within
 from metrics.base import Row
 from samples import Rle
 
@@ -61,7 +61,8 @@ class Regions:
             return self.areas
         if kind == "box":
             return self.boxes[:, 2] * self.boxes[:, 3]
-        return np.asarray(coco_mask.area(self.codes), np.float64).reshape(-1)
+        assert self.codes is not None
+        return areas_of(self.codes)
 
 
 def match_picture(
