@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from checkpoint import load_weights
+from combining import COMBINATIONS, Combine
 from config import Config
 from dataset import Dataset, EvalSampler, TrainSampler, build_loader
 from downloads import fetch
@@ -95,13 +96,13 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
     training, validation = readers
     check_size(config, stride)
     data, size = config.data, (config.data.size[1], config.data.size[0])
-    augment = build_augment(config, task)
+    augment, combine = build_augment(config, task), build_combine(config, task)
     if data.load_all:
         path = world.agree(f"{os.environ.get('TMPDIR', '/tmp')}/maskwright-{os.getpid()}")
         training = Cached(
             training,
             path=str(path),
-            size=None if data.dynamic_size or augment.takes_originals else size,
+            size=None if data.dynamic_size or augment.takes_originals or combine else size,
             write=world.local_rank == 0,
             barrier=world.barrier,
             progress=config.logging.progress and sys.stderr.isatty(),
@@ -119,7 +120,7 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
         dynamic_size_batch=data.dynamic_size_batch,
         stride=stride,
     )
-    dataset = Dataset(training, make_target=task.make_target, augment=augment, seed=config.seed)
+    dataset = Dataset(training, make_target=task.make_target, augment=augment, combine=combine, seed=config.seed)
     train_loader = build_loader(
         dataset,
         sampler,
@@ -172,13 +173,25 @@ def build_augment(config: Config, task: Task) -> Augment:
 
 def build_mix(config: Config, task: Task) -> Mix | None:
     """How the samples of a training batch are mixed, where they are; raises `UserError` where they cannot be."""
-    if not any(config.data.mix.values()):
+    ways = mixing_ways(config, task)
+    if not any(ways.values()) or task.mixes == COMBINATIONS:
         return None
-    if not task.mixes:
-        raise UserError(f"data.mix is for tasks with a class in each pixel, and the samples of {task.name} have none")
     if config.train.batch_size < 2:
         raise UserError("data.mix needs a train.batch_size of 2 or more, since the samples of a batch are mixed")
-    return Mix(config.data.mix, seed=config.seed)
+    return Mix(ways, seed=config.seed)
+
+
+def build_combine(config: Config, task: Task) -> Combine | None:
+    """How training samples are combined with others of the data, where they are; raises as `build_mix`."""
+    ways = mixing_ways(config, task)
+    return Combine(ways, seed=config.seed) if any(ways.values()) and task.mixes == COMBINATIONS else None
+
+
+def mixing_ways(config: Config, task: Task) -> dict[str, float]:
+    """data.mix, where the task has such ways."""
+    if any(config.data.mix.values()) and not task.mixes:
+        raise UserError(f"data.mix is for tasks with classes or objects, and the samples of {task.name} have none")
+    return config.data.mix
 
 
 # ---------------------------------------------------------------- model, criterion, optimizer
@@ -274,9 +287,8 @@ def model_settings(config: Config) -> dict[str, Any]:
 def build_criterion(config: Config, task: Task, reader: Reader) -> Any:
     """The criterion of the family and task; what the loss section says about time is the loop's business."""
     settings = {key: value for key, value in asdict(config.loss).items() if not key.startswith("last_epochs")}
-    return create_criterion(
-        config.model.family, config.task, **task.loss_settings(settings, reader, model_settings(config))
-    )
+    arguments = task.loss_settings(settings, reader, model_settings(config))
+    return create_criterion(config.model.family, config.task, **arguments)
 
 
 def build_optimizer_for(config: Config, model: Any) -> torch.optim.Optimizer:

@@ -105,7 +105,7 @@ def model_summary(run: Run) -> str:
     model, (width, height) = run.raw_model, run.config.data.size
     mode = model.training
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.inference_mode(), counter:  # which also marks views of parameters as needing no gradient
         model.eval().predict(Batch.from_images(torch.zeros(1, 3, height, width, device=run.world.device)))
     model.train(mode)
     lines = [line(name, part) for name, part in model.named_children()]

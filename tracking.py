@@ -280,14 +280,13 @@ def step_fields(record: StepRecord, labels: list[tuple[str, str]]) -> list[str]:
 
 
 def class_table(classes: list[dict[str, Any]]) -> Table:
-    """The scores of each class; of many those of the weakest, which are the ones to look into."""
+    """The scores of each class; of many those of the weakest that have any, which are the ones to look into."""
     names = [name for name in classes[0] if name != "name"]
-
-    def weakness(row: dict[str, Any]) -> float:
-        return math.inf if math.isnan(row[names[0]]) else row[names[0]]
-
-    shown = classes if len(classes) <= CLASS_ROWS else sorted(classes, key=weakness)[:CLASS_ROWS]
-    title = "classes" if shown is classes else f"the weakest {CLASS_ROWS} of {len(classes)} classes (all: report.html)"
+    shown = classes
+    if len(classes) > CLASS_ROWS:
+        scored = [row for row in classes if not math.isnan(row[names[0]])]
+        shown = sorted(scored, key=lambda row: row[names[0]])[:CLASS_ROWS]
+    title = "classes" if shown is classes else f"the weakest {len(shown)} of {len(classes)} classes (all: report.html)"
     table = Table(title, [Column("class"), *map(Column, names)])
     for row in shown:
         texts = [number(value, 3) if isinstance(value := row[name], float) else str(value) for name in names]

@@ -42,7 +42,7 @@ class ObjectOutputs:
     crops: Callable[[np.ndarray, Any, Sequence[str]], Iterator[tuple[str, np.ndarray]]]
     """(image, result, class names) -> a name and a picture of each object"""
     records: Callable[[Any, int | str, Sequence[Any]], dict[str, list[dict[str, Any]]]]
-    """(result, image id, ids of the classes in the data's files) -> COCO results for `bbox` and `segm`, the kinds of evaluation"""
+    """(result, image id, ids of the classes in the data's files) -> COCO results by kind of evaluation: bbox, segm"""
 
 
 @dataclass(frozen=True)
