@@ -48,7 +48,7 @@ def recall(
     pointers = [(other, (frame - other) * step) for other in prompted]
     pointers = [(other, away) for other, away in pointers if future or away >= 0]
     pointers += [(frame - away * step, away) for away in range(1, reach) if frame - away * step in tracked]
-    return Recall(tuple(memories), tuple(pointers), reach - 1)
+    return Recall(tuple(memories), tuple(pointers), max(reach - 1, 1))
 
 
 def recent_frames(frame: int, step: int, stride: int) -> list[tuple[int, int]]:
