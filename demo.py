@@ -5,24 +5,28 @@ same palette in the same proportions, so no threshold on any colour finds the ob
 objects carry a fine regular pattern where the ground is smooth. Edges are soft, some of them very.
 
 The semantic data show the same cut-outs, larger and more of them. Which class one is of its pattern alone tells.
+The instance data show more of them still, partly over each other. Which class one is of its shape alone tells.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from errors import UserError
 from samples import IGNORED
 
-VERSION, SEMANTIC_VERSION = 2, 1  # of what is drawn; raise it whenever a pixel changes
+VERSION, SEMANTIC_VERSION, INSTANCE_VERSION = 2, 1, 1  # of what is drawn; raise it whenever a pixel changes
 COUNTS = {"train": 64, "val": 16}
 MARKER = "DEMO"  # a file in the folder, written last, that says which drawing it holds
 SUPERSAMPLING = 4
@@ -48,6 +52,13 @@ def write_semantic_demo(folder: str | os.PathLike[str], *, seed: int = 0) -> Pat
     each pixel of a mask and 255, ignored, around the objects. Raises as `write_demo`."""
     marker = f"semantic version {SEMANTIC_VERSION}, seed {seed}\n"
     return _write_once(Path(folder), marker, lambda target: _draw_semantic(target, seed))
+
+
+def write_instance_demo(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
+    """The same as `<folder>/images/{train,val}/<number>.png` and `<folder>/annotations/instances_{train,val}.json`,
+    COCO's format, with polygons, run lengths where an object has holes, and some crowds. Raises as `write_demo`."""
+    marker = f"instance version {INSTANCE_VERSION}, seed {seed}\n"
+    return _write_once(Path(folder), marker, lambda target: _draw_instance(target, seed))
 
 
 def _write_once(folder: Path, marker: str, draw_all: Callable[[Path], None]) -> Path:
@@ -95,12 +106,35 @@ def _draw_semantic(folder: Path, seed: int) -> None:
     (folder / "classes.txt").write_text("\n".join(["ground", *PATTERNS]) + "\n")
 
 
+def _draw_instance(folder: Path, seed: int) -> None:
+    (folder / "annotations").mkdir()
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(KINDS)]
+    for part, (name, count) in enumerate(COUNTS.items()):
+        (folder / "images" / name).mkdir(parents=True)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for index in range(count):
+            image, things = draw_group(_stream(seed, part, index))
+            file_name = f"{index:04d}.png"
+            Image.fromarray(image).save(folder / "images" / name / file_name, compress_level=1)
+            images.append({"id": index + 1, "file_name": file_name, "height": image.shape[0], "width": image.shape[1]})
+            for thing in things:
+                annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **annotation(thing)})
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+
+
+def _stream(seed: int, part: int, index: int) -> Generator:
+    """The random numbers of one picture."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, part, index])))
+
+
 def _draw_all(folder: Path, seed: int, draw: Draw, subs: tuple[str, str]) -> None:
     for part, (name, count) in enumerate(COUNTS.items()):
         for sub in subs:
             (folder / name / sub).mkdir(parents=True)
         for index in range(count):
-            pictures = draw(np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, part, index]))))
+            pictures = draw(_stream(seed, part, index))
             for sub, picture in zip(subs, pictures, strict=True):
                 Image.fromarray(picture).save(folder / name / sub / f"{index:04d}.png", compress_level=1)
 
@@ -150,6 +184,96 @@ def draw_scene(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
         labels[cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0] = IGNORED
     image += rng.normal(0, 3, image.shape)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), labels
+
+
+class Thing(NamedTuple):
+    """What is to be seen of an object of the instance data, or of a crowd of small ones."""
+
+    kind: str
+    alpha: np.ndarray  # (H, W) in [0, 1]
+    is_crowd: bool = False
+
+
+def draw_group(rng: Generator) -> tuple[np.ndarray, list[Thing]]:
+    """An image (H, W, 3) uint8 RGB, 192 to 256 pixels a side, and one to eight objects, the later over the earlier.
+
+    A third and more of each is to be seen. In some pictures the second is a crowd.
+    """
+    height, width = size = (int(rng.integers(12, 17) * 16), int(rng.integers(12, 17) * 16))
+    palette = draw_palette(rng)
+    image = paint(palette, smooth_noise(rng, height, width))
+    things: list[Thing] = []
+    whole: list[float] = []  # area of each thing if nothing lay over it
+    has_crowd = rng.random() < 0.15
+    for position in range(rng.integers(1, 9)):
+        is_crowd = has_crowd and position == 1
+        kind = list(KINDS)[rng.integers(len(KINDS))]
+        alpha = _draw_crowd(rng, kind, size) if is_crowd else _draw_thing(rng, kind, things, size)
+        left = [np.minimum(thing.alpha, 1 - alpha) for thing in things]
+        if any(part.sum() < area / 3 for part, area in zip(left, whole, strict=True)):
+            continue  # it would hide another
+        things = [thing._replace(alpha=part) for thing, part in zip(things, left, strict=True)]
+        things.append(Thing(kind, alpha, is_crowd))
+        whole.append(alpha.sum())
+        shadow = 1 - 0.5 * cv2.GaussianBlur(np.roll(alpha, (2, 1), axis=(0, 1)), (0, 0), 2.5)
+        rim = np.clip(0.3 + cv2.GaussianBlur(alpha, (0, 0), 1.5), 0, 1)
+        opacity = alpha[:, :, None]
+        objects = paint(palette, fine_pattern(rng, height, width)) * rim[:, :, None]
+        image = opacity * objects + (1 - opacity) * image * shadow[:, :, None]
+    image += rng.normal(0, 3, image.shape)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8), things
+
+
+def _draw_thing(rng: Generator, kind: str, things: list[Thing], size: tuple[int, int]) -> np.ndarray:
+    """An object where there is room, or half of the time anywhere."""
+    radius = rng.uniform(0.11, 0.24) * min(size)
+    covered = np.zeros(size, np.float32)
+    if rng.random() < 0.5:
+        covered = np.max([covered, *(thing.alpha for thing in things)], 0).astype(np.float32)
+    return draw_shape(rng, KINDS[kind], find_place(rng, covered, radius), radius, size)
+
+
+def _draw_crowd(rng: Generator, kind: str, size: tuple[int, int]) -> np.ndarray:
+    """A dozen small objects close together."""
+    radius = 0.05 * min(size)
+    centre = rng.uniform(6 * radius, np.array([size[1], size[0]]) - 6 * radius)
+    places = centre + rng.uniform(-5 * radius, 5 * radius, size=(12, 2))
+    return np.max([draw_shape(rng, KINDS[kind], place, radius, size) for place in places], 0)
+
+
+def annotation(thing: Thing) -> dict[str, Any]:
+    """An object as COCO writes it, but for the ids of itself and of its picture."""
+    outline = run_lengths(thing.alpha > 0.5) if thing.is_crowd else polygons(thing.alpha)
+    outline = run_lengths(thing.alpha > 0.5) if outline is None else outline
+    code = coco_mask.frPyObjects(outline, *thing.alpha.shape)
+    code = coco_mask.merge(code) if isinstance(code, list) else code
+    return {
+        "category_id": list(KINDS).index(thing.kind) + 1,
+        "segmentation": outline,
+        "area": float(coco_mask.area(code)),
+        "bbox": coco_mask.toBbox(code).tolist(),
+        "iscrowd": int(thing.is_crowd),
+    }
+
+
+def polygons(alpha: np.ndarray) -> list[list[float]] | None:
+    """The outlines of what is more than half opaque in (H, W), x and y in turn; None if it has holes."""
+    fine = cv2.resize(alpha, None, fx=SUPERSAMPLING, fy=SUPERSAMPLING, interpolation=cv2.INTER_LINEAR) > 0.5
+    contours, tree = cv2.findContours(fine.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    large = [cv2.contourArea(contour) > 2 * SUPERSAMPLING**2 for contour in contours]  # specks are let go
+    if any(is_large and row[3] >= 0 for is_large, row in zip(large, tree[0], strict=True)):
+        return None
+    outlines = [
+        cv2.approxPolyDP(contour, 1, True) for contour, is_large in zip(contours, large, strict=True) if is_large
+    ]
+    return [((outline.ravel() + 0.5) / SUPERSAMPLING).round(2).tolist() for outline in outlines]
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """A mask (H, W) as COCO's uncompressed run lengths: of zeros first, column after column."""
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(np.diff(flat, prepend=False))
+    return {"size": list(mask.shape), "counts": np.diff(changes, prepend=0, append=flat.size).tolist()}
 
 
 def draw_palette(rng: Generator) -> np.ndarray:
@@ -337,3 +461,11 @@ SHAPES: tuple[Shape, ...] = (
     _lattice,
     _wires,
 )
+KINDS: dict[str, Shape] = {
+    "blob": _blob,
+    "ring": _ring,
+    "gear": _gear,
+    "leaf": _leaf,
+    "letter": _letter,
+    "lattice": _lattice,
+}

@@ -143,8 +143,7 @@ def mask_sums(stages: Stages, k: int, targets: InstanceTarget, matches: Matches,
 
 
 def matched_masks(stages: Stages, k: int, matches: Matches, part: slice) -> list[Tensor]:
-    """Of each image the masks (n, h, w) of the matches `part` of stage `k`: logits but for the bias, which is cheaper to
-    add to points."""
+    """Of each image the masks (n, h, w) of the matches `part` of stage `k`, without the bias: points get that."""
     queries = stages.mask_queries[k][matches.image[part], matches.query[k, part]]
     ends = np.cumsum(matches.per_image).clip(part.start, part.stop)
     own = queries.split(np.diff(ends, prepend=part.start).tolist())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
-from demo import write_demo, write_semantic_demo
+from demo import annotation, draw_group, run_lengths, write_demo, write_instance_demo, write_semantic_demo
 from errors import UserError
 from readers import BinaryFolders, Reader, check, class_table, semantic_reader
 
@@ -158,3 +162,74 @@ def test_no_table_of_colours_finds_the_classes(semantic: Path) -> None:
                 ((guessed == c) & (labels == c)).sum() / ((guessed == c) | (labels == c)).sum() for c in range(6)
             ]
             assert np.mean(overlap) < 0.2
+
+
+# --- instance
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_instance_demo(tmp_path_factory.mktemp("instance") / "demo")
+
+
+@pytest.mark.parametrize(("part", "count"), [("train", 64), ("val", 16)])
+def test_the_instance_set_is_coco(part: str, count: int, instance: Path) -> None:
+    with redirect_stdout(io.StringIO()):
+        coco = COCO(str(instance / f"annotations/instances_{part}.json"))
+    assert [row["name"] for row in coco.loadCats(coco.getCatIds())] == [
+        "blob", "ring", "gear", "leaf", "letter", "lattice",
+    ]  # fmt: skip
+    assert len(coco.imgs) == count
+    objects = {image: coco.loadAnns(coco.getAnnIds(imgIds=[image])) for image in coco.imgs}
+    assert {len(each) for each in objects.values()} == set(range(1, 9))
+    every = [row for each in objects.values() for row in each]
+    for category in coco.cats:
+        assert sum(row["category_id"] == category for row in every) > len(every) / 12
+    assert 0 < sum(row["iscrowd"] for row in every) < count / 5
+    assert 0.15 < sum(isinstance(row["segmentation"], list) for row in every) / len(every) < 0.5
+    overlapping = 0
+    for image, each in objects.items():
+        size = (coco.imgs[image]["height"], coco.imgs[image]["width"])
+        with Image.open(instance / f"images/{part}/{coco.imgs[image]['file_name']}") as picture:
+            assert picture.size == size[::-1]
+        masks = np.stack([coco.annToMask(row) for row in each])
+        for row, mask in zip(each, masks, strict=True):
+            assert mask.sum() == row["area"] > 150
+            ys, xs = np.nonzero(mask)
+            left, top, width, height = row["bbox"]
+            assert (left, top) == pytest.approx((xs.min(), ys.min()), abs=1)
+            assert (left + width, top + height) == pytest.approx((xs.max() + 1, ys.max() + 1), abs=1)
+        assert (masks.sum(0) > 1).mean() < 0.005  # what lies under another is not annotated
+        boxes = np.array([row["bbox"] for row in each])
+        shared = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], boxes[:, :2] + boxes[:, 2:])
+        shared = (shared - np.maximum(boxes[:, None, :2], boxes[:, :2])).min(-1) > 8
+        overlapping += shared.sum() > len(each)
+    assert overlapping > count / 3
+
+
+def test_outlines_are_those_of_the_objects() -> None:
+    rng = np.random.default_rng(3)
+    things = [thing for _ in range(12) for thing in draw_group(rng)[1]]
+    has_polygons: dict[str, set[bool]] = {}
+    for thing in things:
+        row = annotation(thing)
+        outline = row["segmentation"]
+        code = coco_mask.frPyObjects(outline, *thing.alpha.shape)
+        mask = coco_mask.decode(coco_mask.merge(code) if isinstance(outline, list) else code)
+        truth = thing.alpha > 0.5
+        overlap = (mask & truth).sum() / (mask | truth).sum()
+        assert overlap > 0.9 if isinstance(outline, list) else overlap == 1
+        has_polygons.setdefault(thing.kind, set()).add(isinstance(outline, list))
+    assert has_polygons["lattice"] == {False}  # polygons have no holes
+    assert True in has_polygons["leaf"]
+    full = run_lengths(np.ones((3, 4), bool))
+    assert full == {"size": [3, 4], "counts": [0, 12]}
+    assert run_lengths(np.zeros((3, 4), bool))["counts"] == [12]
+
+
+def test_the_instance_set_is_drawn_again_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demo.COUNTS", {"train": 3, "val": 1})
+    once, again = (write_instance_demo(tmp_path / name) for name in ("once", "again"))
+    assert digest(again) == digest(once) != digest(write_instance_demo(once, seed=1))
+    write_semantic_demo(again)  # the kinds of demo data make room for each other
+    assert not (again / "annotations").exists()
