@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from errors import UserError
-from layers import MAX_OBJECTS
 from readers import Reader
 from samples import (
     Batch,
@@ -66,7 +65,8 @@ class Dataset(torch.utils.data.Dataset[Item]):
     `augment(sample, size, seed_sequence)` augments and resizes, as `transforms.Augment` does; None only resizes, and
     the targets then carry what evaluation needs of the original. `make_target(sample, original)` is the task's:
     `sample` is at model size, `original` is the sample as read in evaluation and None in training. With `pad` pictures
-    keep their aspect ratio, and the samples' `content` says how much of the input they take.
+    keep their aspect ratio, and the samples' `content` says how much of the input they take. `combine(sample, key,
+    reader)` comes before `augment` (`combining.Combine`).
     """
 
     def __init__(
@@ -77,9 +77,10 @@ class Dataset(torch.utils.data.Dataset[Item]):
         augment: Callable[[Sample, Size, np.random.SeedSequence], Sample] | None = None,
         seed: int = 0,
         pad: bool = False,
+        combine: Callable[[Sample, SampleKey, Reader], Sample] | None = None,
     ):
         self.reader, self.make_target, self.augment = reader, make_target, augment
-        self.seed, self.pad = seed, pad
+        self.seed, self.pad, self.combine = seed, pad, combine
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -104,6 +105,8 @@ class Dataset(torch.utils.data.Dataset[Item]):
     def _prepare(self, sample: Sample, key: SampleKey) -> Sample:
         if self.augment is None:
             return resize(sample, key.size, pad=self.pad)
+        if self.combine is not None:
+            sample = self.combine(sample, key, self.reader)
         seeds = np.random.SeedSequence([self.seed, key.epoch, key.index, key.occurrence])
         return self.augment(sample, key.size, seeds)
 
@@ -408,15 +411,9 @@ class InstanceItem:
 
 
 def instance_target(sample: Sample, original: Sample | None) -> InstanceItem:
-    """The target of one sample; `original` is the sample as read, in evaluation.
-
-    Raises:
-        UserError: more objects than int16 can number, which only mixtures have.
-    """
+    """The target of one sample; `original` is the sample as read, in evaluation."""
     layers = sample.masks
     height, width, _ = layers.maps.shape
-    if len(layers.boxes) > MAX_OBJECTS:
-        raise UserError(f"data.mix: {sample.path} has become a picture of more than {MAX_OBJECTS} objects")
     corners = layers.boxes / np.array([width, height, width, height], np.float32)
     return InstanceItem(
         labels=np.array(sample.class_ids, np.int64),

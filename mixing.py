@@ -35,23 +35,19 @@ class Mix:
     """
 
     def __init__(self, probabilities: Mapping[str, float], *, seed: int):
-        for name in probabilities:
-            if name not in MIXES:
-                raise UserError(f"data.mix: there is no {name!r}{nearest(name, MIXES)}; it knows {', '.join(MIXES)}")
-        if min(probabilities.values(), default=0) < 0 or sum(probabilities.values()) > 1 + 1e-9:
-            raise UserError("data.mix: probabilities must be at least 0 and at most 1 together")
-        self.probabilities, self.seed = dict(probabilities), seed
+        self.probabilities, self.seed = checked(probabilities, MIXES), seed
 
     def __call__(self, items: Sequence[Any]) -> list[Any]:
         partners = [*items[1:], *items[:1]]
-        if len(items) > 1 and self._way((rng := self._stream(items[0].key, 2)).random()) == "mixup":
+        rng = stream(self.seed, items[0].key, 2)
+        if len(items) > 1 and way_of(self.probabilities, rng) == "mixup":
             share = float(rng.beta(ALPHA, ALPHA))
             return [blend(item, partner, share) for item, partner in zip(items, partners, strict=True)]
         return [self._mixed(item, partner) for item, partner in zip(items, partners, strict=True)]
 
     def _mixed(self, item: Any, partner: Any) -> Any:
-        rng = self._stream(item.key, 1)
-        way = self._way(rng.random())
+        rng = stream(self.seed, item.key, 1)
+        way = way_of(self.probabilities, rng)
         if way in (None, "mixup") or partner is item:
             return item
         labels, others = item.target.labels, partner.target.labels
@@ -62,16 +58,31 @@ class Mix:
             target=replace(item.target, labels=cv2.copyTo(others, taken, labels.copy())),
         )
 
-    def _stream(self, key: Any, purpose: int) -> np.random.Generator:
-        seeds = np.random.SeedSequence([self.seed, key.epoch, key.index, key.occurrence], spawn_key=(purpose,))
-        return np.random.Generator(np.random.PCG64(seeds))
 
-    def _way(self, drawn: float) -> str | None:
-        for name, probability in self.probabilities.items():
-            if drawn < probability:
-                return name
-            drawn -= probability
-        return None
+def checked(probabilities: Mapping[str, float], known: Sequence[str]) -> dict[str, float]:
+    """The probabilities of some of the known ways; raises `UserError` where they make no sense."""
+    for name in probabilities:
+        if name not in known:
+            raise UserError(f"data.mix: there is no {name!r}{nearest(name, known)}; it knows {', '.join(known)}")
+    if min(probabilities.values(), default=0) < 0 or sum(probabilities.values()) > 1 + 1e-9:
+        raise UserError("data.mix: probabilities must be at least 0 and at most 1 together")
+    return dict(probabilities)
+
+
+def stream(seed: int, key: Any, purpose: int) -> np.random.Generator:
+    """What is drawn for a sample, apart from what augmentation draws and from other purposes."""
+    seeds = np.random.SeedSequence([seed, key.epoch, key.index, key.occurrence], spawn_key=(purpose,))
+    return np.random.Generator(np.random.PCG64(seeds))
+
+
+def way_of(probabilities: Mapping[str, float], rng: np.random.Generator) -> str | None:
+    """One of the ways with its probability, or none of them."""
+    drawn = rng.random()
+    for name, probability in probabilities.items():
+        if drawn < probability:
+            return name
+        drawn -= probability
+    return None
 
 
 def blend(item: Any, partner: Any, share: float) -> Any:

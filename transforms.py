@@ -166,6 +166,8 @@ class Augment:
         """The transforms for a size and masks that are alpha, labels or objects."""
         if (size, kind) not in self._composed:
             built = [_build(entry, size, IGNORED if kind == "labels" else 0) for entry in self.transforms]
+            if kind == "objects":
+                built.append(A.NoOp(p=1))  # a list that leaves boxes alone would be warned about
             self._composed[size, kind] = A.Compose(
                 built,
                 mask_interpolation=cv2.INTER_LINEAR if kind == "alpha" else cv2.INTER_NEAREST,

@@ -32,9 +32,9 @@ class Cached(Subset):
     nothing is left behind however the run ends. `barrier` waits for all of them, between writing and mapping and
     between mapping and unlinking. Alone, the defaults do. Forked workers inherit the mapping.
 
-    With `size` samples are stored as `transforms.resize` makes them, what augmentation begins with anyway: the same
-    bytes reach it, but an original size is no longer known, so evaluation, a dynamic size and an `Augment` that takes
-    originals cache without.
+    With `size` samples are stored as `transforms.resize` makes them, with `pad` if so, what augmentation begins with
+    anyway: the same bytes reach it, but an original size is no longer known, so evaluation, a dynamic size, samples
+    that are combined and an `Augment` that takes originals cache without.
 
     Raises:
         UserError: no room for the file, by its path.
@@ -47,6 +47,7 @@ class Cached(Subset):
         *,
         path: str | os.PathLike[str] | None = None,
         size: Size | None = None,
+        pad: bool = False,
         write: bool = True,
         barrier: Callable[[], None] = lambda: None,
         workers: int = 4,
@@ -56,7 +57,7 @@ class Cached(Subset):
         target = os.fspath(path or Path(tempfile.gettempdir(), f"cache-{os.getpid()}-{id(self)}"))
         if write:
             bar = tqdm(total=len(reader), desc="load all", disable=not progress, leave=False)
-            _write_cache(reader, target, size, workers, bar)
+            _write_cache(reader, target, size, pad, workers, bar)
         barrier()
         self._bytes, self._index = _map_cache(target)
         barrier()
@@ -100,12 +101,12 @@ def _joined(kind: str, arrays: list[np.ndarray], size: Sequence[int]) -> Any:
     return arrays[0]
 
 
-def _write_cache(reader: Reader, path: str, size: Size | None, workers: int, bar: tqdm) -> None:
+def _write_cache(reader: Reader, path: str, size: Size | None, pad: bool, workers: int, bar: tqdm) -> None:
     """All arrays one after the other, then a JSON index of them, then 8 bytes with the index's length."""
 
     def load(index: int) -> Sample:
         sample = reader.read(index)
-        return sample if size is None else resize(sample, size)
+        return sample if size is None else resize(sample, size, pad=pad)
 
     index: list[dict[str, Any]] = []
     written = 0

@@ -13,7 +13,7 @@ import torch
 
 from dataset import Dataset, Item, SemanticItem, TrainSampler, build_loader, collate_semantic, semantic_target
 from errors import UserError
-from mixing import Mix
+from mixing import Mix, way_of
 from readers import semantic_reader
 from samples import SampleInfo, SampleKey
 from tests.sets import save
@@ -86,9 +86,10 @@ def test_a_partner_without_any_class_gives_nothing() -> None:
 
 
 def test_ways_come_as_often_as_asked_for() -> None:
-    mix = Mix({"cutmix": 0.25, "classmix": 0.5}, seed=0)
-    counts: Counter[str | None] = Counter(mix._way(drawn) for drawn in np.linspace(0, 1, 400, endpoint=False))
-    assert counts == {"cutmix": 100, "classmix": 200, None: 100}
+    rng = np.random.default_rng(0)
+    ways: Counter[str | None] = Counter(way_of({"cutmix": 0.25, "classmix": 0.5}, rng) for _ in range(4000))
+    assert {way: round(count / 1000) for way, count in ways.items()} == {"cutmix": 1, "classmix": 2, None: 1}
+    assert abs(ways["cutmix"] - 1000) < 100
     alone = items(1)
     assert Mix({"cutmix": 1.0}, seed=0)(alone)[0] is alone[0]
 
