@@ -6,8 +6,8 @@ goes to the host in one transfer: the only time in a step that the host waits fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,27 +39,18 @@ class Stages(NamedTuple):
     def of(cls, outputs: Mapping[str, Tensor]) -> Stages:
         """The stages of what RF-DETR returns in training, see `InstanceCriterion.forward`."""
 
-        def stages(name: str, split: Callable[[Tensor], Sequence[Any]]) -> list[Any]:
+        def stages(name: str) -> list[Tensor]:
             if name not in outputs:
                 return []
-            *before, last = split(outputs[name])
+            *before, last = outputs[name].unbind()
             encoder = outputs.get(f"encoder_{name}")
-            return [last, *before] if encoder is None else [last, *before, *split(encoder.unsqueeze(0))]
-
-        def layers(values: Tensor) -> Sequence[Tensor]:
-            return full_precision(values).unbind()
-
-        def maps(values: Tensor) -> Sequence[Sequence[Tensor]]:
-            images = values.shape[1]
-            # Split once and not twice, for the sake of backward, which puts the pieces together again.
-            flat = values.flatten(0, 1).unbind()
-            return [flat[first : first + images] for first in range(0, len(flat), images)]
+            return [last, *before] if encoder is None else [last, *before, encoder]
 
         return cls(
-            logits=torch.stack(stages("logits", layers)),
-            boxes=torch.stack(stages("boxes", layers)),
-            mask_queries=stages("mask_queries", layers),
-            mask_features=stages("mask_features", maps),
+            logits=full_precision(torch.stack(stages("logits"))),
+            boxes=full_precision(torch.stack(stages("boxes"))),
+            mask_queries=[full_precision(queries) for queries in stages("mask_queries")],
+            mask_features=[features.unbind() for features in stages("mask_features")],
             mask_bias=full_precision(outputs.get("mask_bias", outputs["boxes"].new_zeros(1))),
         )
 
