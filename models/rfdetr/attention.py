@@ -100,7 +100,7 @@ def sample_maps(values: Tensor, sizes: list[tuple[int, int]], places: Tensor, we
     weights = weights.transpose(1, 2).flatten(0, 1)[:, None]  # B·heads, 1, Q, levels, points
     total: Any = 0
     for level, (part, size) in enumerate(zip(values.split([h * w for h, w in sizes], 1), sizes, strict=True)):
-        plane = full_precision(part).transpose(1, 2).reshape(len(grid), -1, *size)  # B·heads, D/heads, h, w
+        plane = full_precision(part).transpose(1, 2).reshape(grid.shape[0], -1, *size)  # B·heads, D/heads, h, w
         sampled = F.grid_sample(plane, grid[:, :, level], mode="bilinear", align_corners=False)
         total = total + (sampled * weights[..., level, :]).sum(-1)
     return total.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2)

@@ -76,7 +76,7 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, positions: Tensor, boxes: Tensor, memory: Tensor, sizes: list[tuple[int, int]], groups: int
     ) -> Tensor:
         # A group is a sequence of its own: groups are part of the batch, and no mask is needed.
-        alone = [part.reshape(len(part) * groups, -1, part.shape[-1]) for part in (x, positions)]
+        alone = [part.reshape(part.shape[0] * groups, -1, part.shape[-1]) for part in (x, positions)]
         x = self.norm1(x + self.dropout(self.self_attn(*alone).view_as(x)))
         x = self.norm2(x + self.dropout(self.cross_attn(x + positions, boxes, memory, sizes)))
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))

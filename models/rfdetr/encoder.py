@@ -5,16 +5,15 @@ A few blocks attend to the whole image, the others each within its window, which
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from models.base import KeyTable, checkpointed
+from models.deformable import full_precision
 
 LAYER_SCALE = 1.0  # a fresh block's, as in the official code
 
@@ -59,7 +58,7 @@ class WindowedDino(nn.Module):
         shape = x.shape
         x = self._into_windows(x + self._positions(*shape[1:3]))
         token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([token.expand(x.shape[0], -1, -1), x], 1)
         maps = []
         for i, block in enumerate(self.blocks[: self.taps[-1] + 1]):
             wide = x.reshape(shape[0], -1, shape[-1]) if i in self.global_blocks else x
@@ -90,30 +89,28 @@ class WindowedDino(nn.Module):
 
 
 def resample(table: Tensor, height: int, width: int) -> Tensor:
-    """(1, h, w, C) → (1, height, width, C) in float32: bicubic, with antialiasing.
+    """(1, h, w, C) → (1, height, width, C) in full precision: bicubic, with antialiasing.
 
     `F.interpolate` does the same; its backward pass is not deterministic on CUDA, and ONNX has no operator for it.
     """
     if table.shape[1:3] == (height, width):
         return table
-    rows, columns = (
-        torch.from_numpy(cubic_weights(old, new)).to(table.device)
-        for old, new in zip(table.shape[1:3], (height, width), strict=True)
-    )
+    table = full_precision(table)
+    rows, columns = (cubic_weights(*sides).to(table) for sides in zip(table.shape[1:3], (height, width), strict=True))
     with torch.autocast(table.device.type, enabled=False):
-        return torch.einsum("yh,xw,bhwc->byxc", rows, columns, table.float())
+        return torch.einsum("yh,xw,bhwc->byxc", rows, columns, table)
 
 
-@lru_cache(maxsize=64)
-def cubic_weights(old: int, new: int) -> np.ndarray:
-    """(new, old) float32: how much each old position counts in each new one. Keys's kernel with a = -0.5."""
+def cubic_weights(old: int, new: int) -> Tensor:
+    """(new, old) float64: how much each old position counts in each new one. Keys's kernel with a = -0.5."""
     scale = max(old / new, 1.0)  # wider than the old grid when there are fewer new positions: antialiasing
-    centers = (np.arange(new) + 0.5) * old / new - 0.5
-    distance = np.abs(np.arange(old) - centers[:, None]) / scale
+    places = torch.arange(old, dtype=torch.float64, device="cpu")
+    centers = (torch.arange(new, dtype=torch.float64, device="cpu") + 0.5) * (old / new) - 0.5
+    distance = (places - centers[:, None]).abs() / scale
     near = (1.5 * distance - 2.5) * distance**2 + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)
 
 
 # --- published weights ------------------------------------------------------------------------------------------------

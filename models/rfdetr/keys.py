@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from errors import UserError
-from models.base import KeyTable
+from models.base import KeyTable, unwrap
 from models.rfdetr.encoder import encoder_keys
 from models.rfdetr.variants import DETECTION, SEGMENTATION
 
@@ -33,6 +34,11 @@ def official_keys(depth: int, layers: int, groups: int) -> KeyTable:
     table += [("class_embed", "class_head"), ("bbox_embed", "box_head"), ("segmentation_head", "mask_head")]
     table += [("refpoint_embed.weight", "query_boxes"), ("query_feat.weight", "query_states")]
     return [*table, *encoder_keys(depth, ENCODER, "backbone."), ("backbone.0.projector", "projector")]
+
+
+def bare(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; newer runs of the package prefix their names with `model.`."""
+    return unwrap({key.removeprefix("model."): tensor for key, tensor in unwrap(state_dict).items()})
 
 
 def group_of(key: str) -> int | None:

@@ -23,6 +23,7 @@ from models.rfdetr.keys import (
     PATCHES,
     POSITIONS,
     QUERIES,
+    bare,
     group_of,
     groups_in,
     official_keys,
@@ -128,7 +129,7 @@ class RFDETR(Model):
         proposed, encoder_logits, encoder_boxes = self.proposals(memory, sizes, self.num_queries)
         groups = proposed.shape[1]
         boxes = self._place_queries(encoder_boxes.detach()).flatten(1, 2)
-        queries = self.query_states[:groups].flatten(0, 1).expand(len(images), -1, -1)
+        queries = self.query_states[:groups].flatten(0, 1).expand(images.shape[0], -1, -1)
         states = self.decoder(queries, boxes, memory, sizes, groups)
         delta = few_rows(self.box_head, states, self.box_head.parameters())
         outputs = {"logits": self.class_head(states), "boxes": move_boxes(boxes, delta)}
@@ -158,7 +159,7 @@ class RFDETR(Model):
 
         Where an image has fewer places than there are queries, the others keep what they have learnt.
         """
-        learnt = self.query_boxes[: proposals.shape[1]].expand(len(proposals), -1, -1, -1)
+        learnt = self.query_boxes[: proposals.shape[1]].expand(proposals.shape[0], -1, -1, -1)
         count = proposals.shape[2]
         return torch.cat([move_boxes(proposals, learnt[:, :, :count]), learnt[:, :, count:]], 2)
 
@@ -222,7 +223,7 @@ class RFDETR(Model):
     def load_official(self, state_dict: Mapping[str, Any]) -> LoadReport:
         """As in `Model`. Positions of another input size are resampled; of other groups or numbers of queries those
         are taken that both have; heads of other classes start anew."""
-        theirs = {key.removeprefix("model."): tensor for key, tensor in unwrap(state_dict).items()}
+        theirs = bare(state_dict)
         notes = self._fit_encoder(theirs, POSITIONS, PATCHES) + self._fit_queries(theirs)
         report = self.load_tensors(theirs, self.official_keys())
         report.notes += notes
@@ -253,7 +254,7 @@ class RFDETR(Model):
         The number of windows leaves no trace in the tensors: where other positions or queries were trained, it is that
         of the nearest size.
         """
-        theirs = {key.removeprefix("model."): tensor for key, tensor in unwrap(state_dict).items()}
+        theirs = bare(state_dict)
         name, masks = recognise(theirs)
         groups = groups_in(theirs)
         settings = {

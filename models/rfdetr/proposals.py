@@ -54,7 +54,7 @@ class Proposals(nn.Module):
         delta = states
         for i, layer in enumerate(self.box):
             delta = layer(F.relu(delta) if i in (1, 2) else delta, groups)
-        moved = move_boxes(pick((boxes * valid).expand(len(memory), -1, -1), chosen), delta)
+        moved = move_boxes(pick((boxes * valid).expand(memory.shape[0], -1, -1), chosen), delta)
         return states, self.classify(states, groups), moved
 
 
@@ -82,7 +82,7 @@ class GroupLinear(nn.Module):
             )
         rows = x.transpose(0, 1).flatten(1, 2)  # G, B·N, C
         rows = torch.baddbmm(self.bias[:, None], rows, self.weight.transpose(1, 2))
-        return rows.unflatten(1, (len(x), -1)).transpose(0, 1)
+        return rows.unflatten(1, (x.shape[0], -1)).transpose(0, 1)
 
 
 class GroupNorm(nn.Module):
