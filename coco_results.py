@@ -165,7 +165,8 @@ class CocoResults:
             raise ValueError("has no bbox")
         else:
             box = coco_mask.toBbox(code).tolist()
-        weight = row.get("score") if is_result else row.get("area", coco_mask.area(code) if code else box[2] * box[3])
+        measured = float(coco_mask.area(code)) if code else box[2] * box[3]
+        weight = row.get("score") if is_result else row.get("area", measured)
         if not _is_number(weight):
             raise ValueError(f"has the {'score' if is_result else 'area'} {shown(weight)}, which is no number")
         shapes.labels.append(label)

@@ -235,7 +235,7 @@ def compress(runs: np.ndarray, first: np.ndarray) -> list[bytes]:
         lengths += longer
         bits += 5
     ends = np.cumsum(lengths)
-    text = np.empty(ends[-1], np.uint8)
+    text = np.empty(lengths.sum(), np.uint8)
     places, rest = ends - lengths, np.arange(len(values))
     while len(rest):
         lengths[rest] -= 1

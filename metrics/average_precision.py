@@ -216,22 +216,32 @@ class Ranking:
         precision[is_absent] = recall[is_absent] = np.nan
         return precision, recall
 
-    def best_f1(self, kind: str, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """(R,) the best F1 at IoU .5 of all detections from some score on, that score, and what they reach.
+    def f1_curves(self, kind: str, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """(R, n) F1, precision and recall at IoU .5 if all detections from a score on are believed, falling scores.
 
-        NaN where no object is there; where nothing is found F1 is 0 and has no such score.
+        They begin with none believed, whose score is NaN; 0 / 0 is NaN. `f1_threshold` (n,) are the scores.
         """
         ends = np.flatnonzero(np.diff(self.scores, append=-np.inf))  # equal scores are believed together
-        scores = np.append(np.nan, self.scores[ends])  # to believe none comes first
         found, wrong = (unpack(packed)[0, IOU_50] * weights[:, self.owner] for packed in self.bits[kind])
         right, missed = (np.insert(each.cumsum(-1)[:, ends], 0, 0, axis=-1) for each in (found, wrong))
         there = self.there(weights)[:, :1]
         with np.errstate(invalid="ignore"):
-            f1 = 2 * right / (right + missed + there)
-            best = f1.argmax(-1)  # of equal ones the first; NaN is the greatest
-            right, missed = (np.take_along_axis(each, best[:, None], -1) for each in (right, missed))
-            precision, recall = right / (right + missed), right / there
-        return {"f1": f1.max(-1), "f1_threshold": scores[best], "precision": precision[:, 0], "recall": recall[:, 0]}
+            return {
+                "f1": 2 * right / (right + missed + there),
+                "f1_threshold": np.append(np.nan, self.scores[ends]),
+                "precision": right / (right + missed),
+                "recall": right / there,
+            }
+
+    def best_f1(self, kind: str, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """(R,) the best F1 of `f1_curves`, the highest score that has it, and what that score reaches.
+
+        NaN where no object is there; where nothing is found F1 is 0 and has no such score.
+        """
+        curves = self.f1_curves(kind, weights)
+        best = curves["f1"].argmax(-1)  # of equal ones the first; NaN counts as the greatest
+        return {name: np.broadcast_to(curve, curves["f1"].shape)[np.arange(len(best)), best]
+                for name, curve in curves.items()}  # fmt: skip
 
     def at(self, threshold: float, kind: str) -> tuple[float, float]:
         """(precision, recall) at IoU .5 of the detections whose score is `threshold` or more; NaN for 0 / 0."""

@@ -28,8 +28,10 @@ from metrics.average_precision import (
     unpack,
 )
 from metrics.base import Row, StreamingMetric
+from plots import COLORS, FAINT, Line, draw_bars, draw_lines
 
 KINDS = ("mask", "box")
+PLURAL = {"mask": "masks", "box": "boxes"}
 COCO = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "APs", "ap_medium": "APm", "ap_large": "APl",
         "ar1": "AR1", "ar10": "AR10", "ar100": "AR100", "ar_small": "ARs", "ar_medium": "ARm",
         "ar_large": "ARl"}  # fmt: skip
@@ -38,6 +40,7 @@ HEADINGS = {f"{kind}_{name}": f"{kind} {heading}" for kind in KINDS for name, he
 MAX_DETECTIONS = 100
 HELD = 2**23  # values that are held at once, of detections × IoU thresholds × areas × resamples
 LIVE_MASKS = 64  # of a picture, that are compared while training
+BARS = 40  # classes that are drawn, the weakest
 KEPT = 8  # sets of rows whose scores are remembered
 
 
@@ -204,8 +207,8 @@ class InstanceMetric(StreamingMetric):
         """See `StreamingMetric`; all scores of masks, or of boxes, take the time of one."""
         kinds = [kind for kind in self.kinds if any(name.startswith(kind) for name in names)]
         together = Ranking.of(rows, self.kinds)
-        classes = [each for _, each in together.by_class()]
-        longest = max((len(each.scores) for each in classes), default=0)
+        classes = [each for _, each in together.by_class()] or [together]
+        longest = max(len(each.scores) for each in classes)
         step = max(1, HELD // (math.prod(BITS) * max(longest, len(RECALLS) * len(classes), 1)))
         parts = [self._scores(kinds, classes, together, weights[start : start + step].astype(np.int32))
                  for start in range(0, len(weights), step)]  # fmt: skip
@@ -230,6 +233,42 @@ class InstanceMetric(StreamingMetric):
             row["precision"], row["recall"] = ranking.at(threshold, self.kinds[0]) if ranking else (math.nan, math.nan)
             rows.append(row | {"objects": int(ranking.there(once)[0, 0]) if ranking else 0})
         return rows
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """Precision against recall at IoU .5, F1 against the score that is believed, and the AP of classes."""
+        kind, once = self.kinds[0], np.ones((1, len(self.rows)), np.int32)
+        ranking = Ranking.of(self.rows, self.kinds)
+        curves = {label: each.precision_and_recall(kind, once, self.limits)[0][0, 0, IOU_50]
+                  for label, each in ranking.by_class() if each.there(once)[0, 0]}  # fmt: skip
+        if not curves:
+            return {}
+        rows = sorted((row for row in self.per_class() if row["objects"]), key=lambda row: row[f"{kind}_ap"])
+        bars = {HEADINGS[f"{kind}_ap"]: [row[f"{kind}_ap"] for row in rows[:BARS]] for kind in self.kinds}
+        which = "classes" if len(rows) <= BARS else f"the {BARS} weakest of {len(rows)} classes"
+        return {
+            f"precision and recall of {PLURAL[kind]} at IoU .5": self._draw_precision(curves),
+            "what to believe": self._draw_f1(ranking.f1_curves(kind, once)),
+            f"AP of {which}": draw_bars([row["name"] for row in rows[:BARS]], bars),
+        }
+
+    def _draw_precision(self, curves: dict[int, np.ndarray]) -> np.ndarray:
+        """(101,) precision by label; a few classes are named, many are grey."""
+        few = len(curves) < len(COLORS)
+        lines = []
+        for place, (label, curve) in enumerate(curves.items()):
+            name = f"{self.class_names[label]} {curve.mean():.3f}" if few else "" if place else "a class"
+            lines.append(Line(RECALLS, curve, COLORS[1 + place] if few else FAINT, name))
+        mean = np.mean(list(curves.values()), 0)
+        lines.append(Line(RECALLS, mean, COLORS[0], f"all classes, AP50 {mean.mean():.3f}", 2))
+        return draw_lines(lines, "recall", "precision")
+
+    def _draw_f1(self, curves: dict[str, np.ndarray]) -> np.ndarray:
+        """`Ranking.f1_curves` over the score, with a ring at the best F1."""
+        best = self.compute()
+        lines = [Line(curves["f1_threshold"], curves[name][0], color, f"{OPERATING[name]} {best[name]:.3f}", 2)
+                 for name, color in zip(("recall", "precision", "f1"), COLORS[2::-1], strict=True)]  # fmt: skip
+        mark = (best["f1_threshold"], best["f1"])
+        return draw_lines(lines, "score from which on", "", [] if math.isnan(mark[0]) else [mark])
 
     def _scores(
         self, kinds: Sequence[str], classes: list[Ranking], together: Ranking, weights: np.ndarray

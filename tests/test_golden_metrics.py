@@ -1,4 +1,4 @@
-"""The scores against what PySODMetrics, BiRefNet's evaluation, the Boundary IoU API and mmsegmentation computed."""
+"""The scores against those of PySODMetrics, BiRefNet, the Boundary IoU API, mmsegmentation and pycocotools."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metrics import BinaryMetric, SemanticMetric
+from coco_results import CocoResults
+from metrics import BinaryMetric, InstanceMetric, SemanticMetric
+from metrics.instance import COCO
 from metrics.scores import CURVES, SCORES, field_scores
 from tests.conftest import SHARED, needs_shared
 
@@ -123,3 +125,24 @@ def test_semantic_figures_are_those_of_mmseg(case: str) -> None:
         per_class = [math.nan if value is None else value for value in golden[f"per_class_{name}"]]
         found = [each["accuracy" if name == "acc" else name] for each in classes]
         assert found == pytest.approx(per_class, rel=1e-9, nan_ok=True)
+
+
+# ---------------------------------------------------------------- instance
+
+
+def test_instance_figures_are_those_of_pycocotools() -> None:
+    golden = json.loads((FOLDER / "expected_instance.json").read_text())
+    results = CocoResults(FOLDER / "instance_predictions.json", FOLDER / "instance_gt.json")
+    assert not results.faults
+    assert len(results) == golden["images"]
+    metric = InstanceMetric(class_names=results.class_names, masks=results.has_masks)
+    results.score(metric, reversed(range(len(results))))
+    metric.reduce()
+    scores, classes = metric.compute(), metric.per_class()
+    for kind, evaluation in {"mask": "segm", "box": "bbox"}.items():
+        for name, heading in COCO.items():
+            assert scores[f"{kind}_{name}"] == golden[evaluation][heading], (kind, name)
+        for row, expected in zip(classes, golden[evaluation]["per_category"].values(), strict=True):
+            for name, heading in {"ap": "AP", "ap50": "AP50"}.items():
+                wanted = math.nan if expected[heading] is None else expected[heading]
+                assert row[f"{kind}_{name}"] == pytest.approx(wanted, rel=1e-12, nan_ok=True), (kind, row["name"])
