@@ -31,12 +31,13 @@ class Features:
     finer: Tensor
     finest: Tensor
 
-    def __len__(self) -> int:
-        return len(self.coarse)
+    def of(self, images: Tensor) -> Features:
+        """Those of the image that each object is in, (B,) int64."""
+        return Features(*(part.index_select(0, images) for part in (self.coarse, self.finer, self.finest)))
 
-    def __getitem__(self, index: Any) -> Features:
-        """Those of some images, or of the image that each object is in."""
-        return Features(self.coarse[index], self.finer[index], self.finest[index])
+    def expand(self, objects: int) -> Features:
+        """Those of the only image, for so many objects in it."""
+        return Features(*(part.expand(objects, -1, -1, -1) for part in (self.coarse, self.finer, self.finest)))
 
     @property
     def image_size(self) -> tuple[int, int]:

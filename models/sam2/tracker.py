@@ -217,7 +217,7 @@ class Tracker:
 
     def _track_group(self, group: list[Followed], frame: int, features: Features, reverse: bool) -> None:
         conditioned = self._with_memory(features, frame, group, reverse)
-        features = features[[0] * len(group)]
+        features = features.expand(len(group))
         result = self.model.segment(conditioned, features, multimask=True)
         large = resize(result.masks, *features.image_size)
         memory = self.model.remember(features, large, result.scores).bfloat16()
@@ -240,7 +240,7 @@ class Tracker:
             return torch.stack(frames, 1).to(features.coarse.dtype)
 
         return self.model.with_memory(
-            features[[0] * size],
+            features.expand(size),
             gather("memory", found.memories),
             [moment for _, moment in found.memories],
             gather("pointer", found.pointers) if found.pointers else features.coarse.new_zeros(size, 0, WIDTH),
