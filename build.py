@@ -120,7 +120,14 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
         dynamic_size_batch=data.dynamic_size_batch,
         stride=stride,
     )
-    dataset = Dataset(training, make_target=task.make_target, augment=augment, combine=combine, seed=config.seed)
+    dataset = Dataset(
+        training,
+        make_target=task.make_target,
+        augment=augment,
+        combine=combine,
+        seed=config.seed,
+        pad=pads(config, task),
+    )
     train_loader = build_loader(
         dataset,
         sampler,
@@ -152,7 +159,7 @@ def build_eval_loader(reader: Reader, task: Task, config: Config, world: World) 
         world_size=world.size,
     )
     return build_loader(
-        Dataset(reader, make_target=task.make_target),
+        Dataset(reader, make_target=task.make_target, pad=pads(config, task)),
         sampler,
         collate_targets=task.collate_targets,
         statistics=config.data.normalize,
@@ -168,7 +175,14 @@ def build_augment(config: Config, task: Task) -> Augment:
         if task.cut_out is None:
             raise UserError(f"data.background_synthesis needs masks that are alpha, which those of {task.name} are not")
         transforms.insert(0, {"name": "BackgroundSynthesis", "p": config.data.background_synthesis})
-    return Augment(transforms)
+    return Augment(transforms, pad=pads(config, task))
+
+
+def pads(config: Config, task: Task) -> bool:
+    """Whether pictures keep their aspect ratio; raises `UserError` where results could not be brought back."""
+    if config.data.resize == "pad" and not task.objects:
+        raise UserError(f"data.resize: pad is for tasks with objects; the pictures of {task.name} are stretched")
+    return config.data.resize == "pad"
 
 
 def build_mix(config: Config, task: Task) -> Mix | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lr_finder
-from build import build_augment, build_combine, build_readers, data_table
+from build import build_augment, build_combine, build_readers, data_table, pads
 from checkpoint import write_text
 from config import Config, secret_values, to_yaml
 from dataset import Dataset
@@ -44,6 +44,7 @@ def preview(config: Config) -> None:
         augment=build_augment(config, task),
         combine=build_combine(config, task),
         seed=config.seed,
+        pad=pads(config, task),
     )
     size = (config.data.size[1], config.data.size[0])
     # Four looks at each of the first samples, as four epochs would see them.

@@ -39,7 +39,7 @@ from samples import (
     SemanticTarget,
     Size,
 )
-from transforms import content_size, resize
+from transforms import content_share, resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -91,8 +91,7 @@ class Dataset(torch.utils.data.Dataset[Item]):
         height, width = original.frames[0].shape[:2]
         info = SampleInfo(original.sample_id, original.path, original.dataset, (height, width))
         if self.pad and self.augment is None:
-            inside = content_size((height, width), key.size)
-            info.content = inside[0] / key.size[0], inside[1] / key.size[1]
+            info.content = content_share(info.size, key.size)
         target = None
         if sample.masks is not None:
             target = self.make_target(sample, original if self.augment is None else None)

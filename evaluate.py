@@ -3,6 +3,7 @@
     python evaluate.py --checkpoint runs/A runs/B --data.test X+Y --output scores.csv scores.tex
     python evaluate.py --checkpoint runs/A --best_by Sm --data.test X        # which epoch is best
     python evaluate.py --predictions out/masks --ground_truth X              # masks of any program
+    python evaluate.py --predictions results.json --ground_truth val.json    # COCO results of any program
     python evaluate.py --compare runs/A runs/B --data.test X                 # is B better, or luckier?
 
 `evaluate()` is what train.py validates with, too.
@@ -25,7 +26,8 @@ if __name__ == "__main__":
     usage = "evaluate.py --checkpoint RUN [RUN ...] [--data.test SETS] [options] [settings]"
     answer_at_once(usage, ACTIONS, EvaluateSettings, Config)
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,11 @@ from tqdm import tqdm
 
 from build import build_eval_loader, build_metric, check_size, find_faults
 from checkpoint import RunFolder, load_model
+from coco_results import CocoResults
 from compare import comparison_tables
 from config import load as load_config
 from gallery import Gallery
+from metrics import InstanceMetric
 from predict import predict
 from readers import Fault, FinishedMasks, Reader, drop, fail_on, limit
 from results import Result, best_of, sample_table, score_table
@@ -45,6 +49,7 @@ from samples import Batch
 from tables import Table, check_output, to_console, write_tables
 from tasks import Task, get_task
 from utils import Precision, World, choose_precision, join_world, leave_world
+from writers import JsonList
 
 
 @torch.no_grad()
@@ -58,11 +63,13 @@ def evaluate(
     tta: Sequence[float] = (),
     progress: bool = True,
     gallery: Gallery | None = None,
+    listen: Callable[[dict[str, Any], Batch], None] | None = None,
 ) -> Any:
     """Score `model` on a loader whose sampler deals whole batches to the ranks; every sample counts once.
 
-    The metric's rows are those of all ranks afterwards; a `gallery` keeps the masks worth looking at. `tta` are the
-    scales that predictions are averaged over. The model is left in evaluation mode.
+    The metric's rows are those of all ranks afterwards; a `gallery` keeps the results worth looking at, and `listen`
+    hears of all of this rank. `tta` are the scales that predictions are averaged over. The model is left in evaluation
+    mode.
     """
     model.eval()
     bar = tqdm(loader, desc="validation", leave=False, disable=not progress or not world.is_main_process)
@@ -75,6 +82,8 @@ def evaluate(
         rows = metric.rows[-len(batch.samples) :]
         if gallery:
             gallery.update(rows, predictions, batch)
+        if listen:
+            listen(predictions, batch)
         total += sum(row.scores[metric.primary] for row in rows)
         bar.set_postfix({metric.primary: f"{total / len(metric.rows):.3f}"}, refresh=False)
     metric.reduce()
@@ -98,6 +107,7 @@ def score_checkpoint(
     task = get_task(meta["task"])
     check_size(config, model.stride)
     reader = read_test_sets(config, meta, task, world, {} if faults is None else faults)
+    objects = FoundObjects(task, reader, config.evaluation.max_detections) if options.output_results else None
     metric = evaluate(
         model.to(world.device),
         build_eval_loader(reader, task, config, world),
@@ -106,8 +116,40 @@ def score_checkpoint(
         precision=choose_precision(config.train.mixed_precision, world.device),
         tta=config.evaluation.scales,
         progress=progress,
+        listen=objects,
     )
+    if objects:
+        objects.write(options.output_results, world)
     return Result(str(path), metric, meta.get("config"))
+
+
+class FoundObjects:
+    """What was found in the samples of a test set, as COCO results with the ids that its own files have."""
+
+    def __init__(self, task: Task, reader: Reader, top_k: int):
+        """Raises `UserError` for a task that finds no objects."""
+        if not task.objects:
+            raise UserError(f"--output_results lists objects, and the task {task.name} finds none; leave it out")
+        self.results, self.records = partial(task.results, top_k=top_k), task.objects.records
+        self.file_ids = reader.file_ids
+        self.image_ids = {reader.sample_id(index): reader.image_id(index) for index in range(len(reader))}
+        self.lists: dict[str, list[dict[str, Any]]] = {}
+
+    def __call__(self, predictions: dict[str, Any], batch: Batch) -> None:
+        classes = len(self.file_ids)
+        for found, sample in zip(
+            self.results(predictions, batch.samples, num_classes=classes), batch.samples, strict=True
+        ):
+            for kind, records in self.records(found, self.image_ids[sample.sample_id], self.file_ids).items():
+                self.lists.setdefault(kind, []).extend(records)
+
+    def write(self, prefix: str, world: World) -> None:
+        """`<prefix>_bbox.json` and, with masks, `<prefix>_segm.json`, from all ranks."""
+        gathered = world.gather(self.lists)
+        for kind in self.lists if world.is_main_process else ():
+            with JsonList(Path(f"{prefix}_{kind}.json")) as file:
+                for lists in gathered:
+                    file.extend(lists.get(kind, []))
 
 
 def settings_for(meta: dict[str, Any], path: Path, flags: list[str]) -> Config:
@@ -174,6 +216,21 @@ def score_masks(path: str, options: EvaluateSettings, config: Config, world: Wor
     return result
 
 
+def score_results(path: str, options: EvaluateSettings, config: Config, world: World) -> Result:
+    """Score COCO results against the annotations of `--ground_truth`; each rank takes its share of the images."""
+    results = CocoResults(Path(path), Path(options.ground_truth))
+    fail_on(results.faults)
+    metric = InstanceMetric(
+        metric_names(get_task("instance"), config, options),
+        class_names=results.class_names,
+        masks=results.has_masks,
+        max_detections=config.evaluation.max_detections,
+    )
+    results.score(metric, range(world.rank, len(results), world.size))
+    metric.reduce()
+    return Result(path, metric)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -224,7 +281,10 @@ def score_all(options: EvaluateSettings, flags: list[str], world: World) -> list
     """A result for each checkpoint or folder of masks."""
     if options.ground_truth:
         config = load_config(flags)
-        return [score_masks(path, options, config, world) for path in options.predictions or options.compare]
+        paths = options.predictions or options.compare
+        return [
+            (score_results if path.endswith(".json") else score_masks)(path, options, config, world) for path in paths
+        ]
     paths = options.checkpoint or options.compare
     if options.best_by:
         paths = [file for path in paths for file in epoch_files(path)]

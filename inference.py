@@ -47,7 +47,7 @@ from predict import predict, predict_tiled
 from readers import DataError, Fault, ImageList, Reader
 from samples import Batch, Sample, SampleInfo, Size
 from tasks import Task, get_task
-from transforms import resize
+from transforms import content_share, resize
 from utils import choose_precision, loading_workers, pick_device
 from video import VideoReader, silence_opencv
 from writers import FormatError, FrameFolder, JsonList, VideoWriter, write_image
@@ -241,6 +241,7 @@ class Predictor:
                 )
             self.results = partial(self.results, **self.task.objects.options(meta, threshold, top_k))
         self.statistics: str = meta.get("normalize", "imagenet")
+        self.pads = meta.get("resize") == "pad"
         self.device = pick_device(device)
         self.precision = choose_precision(mixed_precision, self.device)
         self.model = model.to(self.device).eval()
@@ -279,7 +280,10 @@ class Predictor:
         info = SampleInfo(sample.sample_id, sample.path, sample.dataset, (picture.shape[0], picture.shape[1]))
         if self.tile:
             return Frame(info, picture)
-        return Frame(info, picture, inputs=normalize(resize(sample, self.size).frames[0][None], self.statistics)[0])
+        if self.pads:
+            info.content = content_share(info.size, self.size)
+        resized = resize(sample, self.size, pad=self.pads).frames[0]
+        return Frame(info, picture, inputs=normalize(resized[None], self.statistics)[0])
 
     def predictions(self, frames: Iterable[Frame]) -> Iterator[Prediction]:
         """The results, each brought to its picture's own size when it is asked for."""

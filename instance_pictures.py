@@ -17,6 +17,7 @@ from samples import Objects, Rle, Size
 
 RIGHT, MISSED, WRONG = (70, 190, 110), (70, 140, 255), (255, 150, 30)  # apart also to colour-blind eyes
 CROWD = (150, 150, 150)
+MOST_CAPTIONS = 60  # of objects in a picture; beyond, names would hide them
 OVERLAP = 0.5  # IoU of an object and what was found of it
 Color = tuple[int, int, int]
 
@@ -54,7 +55,7 @@ def draw_objects(
 ) -> np.ndarray:
     """Every object in its own colour over (H, W, 3) uint8 RGB, the first ones on top; a new picture."""
     picture = image.copy()
-    colors = [tuple(map(int, color)) for color in object_colors(len(boxes))]
+    colors: list[Any] = [tuple(map(int, color)) for color in object_colors(len(boxes))]
     order = range(len(boxes))[::-1]
     size = (image.shape[0], image.shape[1])
     if codes is not None:
@@ -65,7 +66,7 @@ def draw_objects(
     for number in order:
         corners = [tuple(int(value) for value in np.rint(pair)) for pair in boxes[number].reshape(2, 2)]
         cv2.rectangle(picture, corners[0], corners[1], colors[number], line)
-    for number in order:
+    for number in order if len(boxes) <= MOST_CAPTIONS else ():
         write_caption(picture, captions[number], boxes[number], colors[number])
     return picture
 
@@ -137,4 +138,4 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 def is_inside(mask: np.ndarray, crowd: np.ndarray) -> bool:
     """Whether at least half of it lies in the crowd, where nobody counts."""
     area = np.count_nonzero(mask)
-    return area > 0 and np.count_nonzero(mask & crowd) / area >= OVERLAP
+    return bool(area and np.count_nonzero(mask & crowd) / area >= OVERLAP)

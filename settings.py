@@ -132,6 +132,9 @@ class DataSettings:
     )
     dynamic_size_batch: int = setting(1, "draw a new size every so many batches", min=1)
     images: str = setting("", "folder of the images of COCO .json files; empty: looked for beside them", path="file")
+    resize: Literal["stretch", "pad"] = setting(
+        "stretch", "how pictures come to the input's size; pad: instance, aspect ratio kept, the rest filled up"
+    )
     normalize: Literal["imagenet", "image"] = setting(
         "imagenet", "input statistics: ImageNet's, as pretrained weights expect, or each image's own (microscopy)"
     )
@@ -434,8 +437,13 @@ class EvaluateSettings:
     """What evaluate.py is asked to do, beside the settings of a run. Every field is a flag."""
 
     checkpoint: list[str] = setting([], "run folders, checkpoints or official weights files to score", verbatim=True)
-    predictions: list[str] = setting([], "folders of finished masks to score instead, of any program", verbatim=True)
-    ground_truth: str = setting("", "the true masks of --predictions: a folder of them, or a data set with gt/")
+    predictions: list[str] = setting(
+        [], "finished predictions of any program to score instead: folders of masks, or COCO results (.json)",
+        verbatim=True,
+    )  # fmt: skip
+    ground_truth: str = setting(
+        "", "the truth of --predictions: a folder of masks, a data set with gt/, or a COCO .json for COCO results"
+    )
     resize_predictions: bool = setting(False, "bring masks of another size than the truth to its size (bilinear)")
     compare: list[str] = setting(
         [], "two checkpoints, or with --ground_truth two folders of masks: is the second better?", verbatim=True
@@ -443,6 +451,9 @@ class EvaluateSettings:
     best_by: str = setting("", "metric that chooses the best row; a run folder then stands for all its epoch files")
     output: list[str] = setting([], "files for the table: .csv, .md and .tex", verbatim=True)
     output_samples: str = setting("", "a .csv file for the scores of every sample")
+    output_results: str = setting(
+        "", "instance: write the objects as COCO results, to this path with _bbox.json and _segm.json added"
+    )
 
 
 # ---------------------------------------------------------------- the options of inference.py
@@ -482,3 +493,21 @@ class InferenceSettings:
     def scales(self) -> list[float]:
         """The scales to average over; none without `tta`."""
         return self.tta_scales if self.tta else []
+
+
+# ---------------------------------------------------------------- the options of export.py
+
+
+@dataclass
+class ExportSettings:
+    """What export.py is asked to do. Every field is a flag."""
+
+    checkpoint: str = setting("", "run folder, checkpoint, or official weights file")
+    format: Literal["onnx", "safetensors", "pth"] = setting(
+        "onnx", "onnx: the model's graphs; safetensors, pth: weights in the official layout"
+    )
+    output: str = setting("", "the file; empty: one named after the run, beside its checkpoints")
+    precision: Literal["fp32", "fp16"] = setting("fp32", "of weights, and in onnx of the arithmetic")
+    opset: int = setting(0, "version of ONNX's operators; 0: the exporter's own", min=18)
+    layout: str = setting("", "of the weights, where the family has several: huggingface or nvlabs (SegFormer)")
+    images: list[str] = setting([], "pictures to compare graphs on; empty: drawn ones", verbatim=True)

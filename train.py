@@ -527,6 +527,7 @@ def model_meta(run: Run) -> dict[str, Any]:
         "task": config.task,
         "size": list(config.data.size),
         "normalize": config.data.normalize,
+        "resize": config.data.resize,
         "class_names": run.class_names,
         "file_ids": list(run.train_loader.dataset.reader.file_ids),
         "validation": run.state.validation,

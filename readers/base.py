@@ -88,6 +88,10 @@ class Reader(ABC):
         """The reader that a sample is really read by, and its index there."""
         return self, index
 
+    def image_id(self, index: int) -> int | str:
+        """What stands for a sample's image in the data's own files, where results are to be written with it."""
+        return self.sample_id(index)
+
     @property
     def file_ids(self) -> Sequence[int | str]:
         """What stands for each class in the data's own files, where results are to be written with it."""
@@ -137,6 +141,9 @@ class Subset(Reader):
 
     def weight_of(self, dataset: str) -> float:
         return self.reader.weight_of(dataset)
+
+    def image_id(self, index: int) -> int | str:
+        return self.reader.image_id(self.indices[index])
 
     @property
     def file_ids(self) -> Sequence[int | str]:
