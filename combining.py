@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from errors import UserError
-from layers import MAX_OBJECTS, extents, layered, overlap, tidied
+from layers import MAX_OBJECTS, extents, layered, overlap, pixel_counts, tidied
 from mixing import checked, stream, way_of
 from samples import Layers, Sample, SampleKey, Size
 from transforms import warp
@@ -43,7 +43,8 @@ class Combine:
             return sample
         if way == "copy_paste":
             return copy_paste(sample, reader.read(int(rng.integers(len(reader)))), rng)
-        return mosaic([sample, *(reader.read(int(i)) for i in rng.integers(len(reader), size=3))], key.size, rng)
+        chosen = rng.choice(len(reader), size=3, replace=len(reader) < 3)
+        return mosaic([sample, *(reader.read(int(index)) for index in chosen)], key.size, rng)
 
 
 def mosaic(samples: Sequence[Sample], size: Size, rng: np.random.Generator) -> Sample:
@@ -104,12 +105,12 @@ def _on_top(sample: Sample, pasted: Sample) -> Sample:
     below, above = sample.masks, pasted.masks
     count, layers = len(below.boxes), max(below.maps.shape[2], above.maps.shape[2])
     hidden = above.maps.any(axis=2)
-    before = _areas(below)
+    before = pixel_counts(below)
     maps = np.zeros((*below.maps.shape[:2], layers), np.uint16)
     maps[..., : below.maps.shape[2]] = below.maps
     maps[hidden] = 0
     left = Layers(maps, below.layer_of, below.boxes)
-    after = _areas(left)
+    after = pixel_counts(left)
     boxes = np.where((after < before)[:, None], overlap(below.boxes, extents(left)), below.boxes)
     maps[..., : above.maps.shape[2]] += _numbered(above.maps, count)
     least = np.concatenate([np.ceil(LEAST_LEFT * before), np.ones(len(above.boxes))])
@@ -127,7 +128,7 @@ def _window(sample: Sample, size: Size, scale: float, top: float, left: float) -
     image = warp(sample.frames[0], matrix, size, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
     maps = warp(masks.maps, matrix, size, cv2.INTER_NEAREST, cv2.BORDER_CONSTANT).reshape(*size, -1)
     boxes = (masks.boxes * scale - np.array([left, top] * 2)).astype(np.float32)
-    least = np.floor(LEAST_LEFT * scale**2 * _areas(masks))
+    least = np.floor(LEAST_LEFT * scale**2 * pixel_counts(masks))
     return tidied(replace(sample, frames=[image], masks=Layers(maps, masks.layer_of, boxes)), least)
 
 
@@ -144,8 +145,3 @@ def _numbered(maps: np.ndarray, first: int) -> np.ndarray:
     if first + int(maps.max(initial=0)) > MAX_OBJECTS:
         raise UserError(f"data.mix: combined pictures have more than {MAX_OBJECTS} objects; leave it out")
     return np.where(maps > 0, maps + np.uint16(first), np.uint16(0))
-
-
-def _areas(layers: Layers) -> np.ndarray:
-    """(n,) pixels of each object."""
-    return np.bincount(layers.maps.ravel(), minlength=len(layers.boxes) + 1)[1:]

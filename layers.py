@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import cv2
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from samples import Layers, Objects, Rle, Sample, Size
 
 MAX_OBJECTS = 32767  # of one sample: targets number them in int16
+MAX_DEPTH = 100  # objects over one another, each of which takes a layer of the picture's size
 
 
 def runs_of(code: Rle) -> np.ndarray:
@@ -54,6 +57,15 @@ def patch_of(code: Rle) -> tuple[int, int, np.ndarray]:
     return top, first, columns[:, top:bottom]
 
 
+def depth_of(codes: Sequence[Rle], size: Size) -> int:
+    """How many of the objects lie over one another at most."""
+    counts = np.zeros(size[::-1], np.uint16)
+    for code in codes:
+        top, left, patch = patch_of(code)
+        counts[left : left + patch.shape[0], top : top + patch.shape[1]] += patch
+    return int(counts.max())
+
+
 def to_layers(objects: Objects, size: Size) -> Layers:
     """The objects of a picture of this size, crowds too, each on the first layer where it covers no other."""
     pages: list[np.ndarray] = [np.zeros(size[::-1], np.uint16)]  # turned, as the codes are
@@ -67,7 +79,7 @@ def to_layers(objects: Objects, size: Size) -> Layers:
             pages.append(np.zeros_like(pages[0]))
         pages[layer][place][patch] = number + 1
         layer_of[number] = layer
-    return Layers(np.ascontiguousarray(np.stack(pages).transpose(2, 1, 0)), layer_of, objects.boxes.copy())
+    return Layers(np.dstack([cv2.transpose(page) for page in pages]), layer_of, objects.boxes.copy())
 
 
 def layered(sample: Sample) -> Sample:
@@ -76,13 +88,13 @@ def layered(sample: Sample) -> Sample:
     objects = sample.masks
     if not isinstance(objects, Objects):
         return sample
-    size = sample.frames[0].shape[:2]
-    chosen = np.flatnonzero(~objects.crowd)
-    objects = Objects(
-        [objects.codes[i] for i in chosen], objects.boxes[chosen], objects.crowd[chosen], objects.areas[chosen]
-    )
-    sample = replace(sample, class_ids=[sample.class_ids[i] for i in chosen])
-    return tidied(replace(sample, masks=to_layers(objects, (size[0], size[1]))))
+    height, width = sample.frames[0].shape[:2]
+    boxes = clipped(objects.boxes, (height, width))
+    areas = np.array([coco_mask.area(code) for code in objects.codes])
+    chosen = np.flatnonzero(~objects.crowd & (areas > 0) & has_sides(boxes))
+    objects = Objects([objects.codes[i] for i in chosen], boxes[chosen], objects.crowd[chosen], objects.areas[chosen])
+    class_ids = [sample.class_ids[i] for i in chosen]
+    return replace(sample, masks=to_layers(objects, (height, width)), class_ids=class_ids)
 
 
 def tidied(sample: Sample, least: np.ndarray | int = 1) -> Sample:
@@ -92,9 +104,9 @@ def tidied(sample: Sample, least: np.ndarray | int = 1) -> Sample:
     """
     layers: Layers = sample.masks
     height, width, _ = layers.maps.shape
-    boxes = np.clip(layers.boxes, 0, np.array([width, height, width, height], np.float32))
-    areas = np.bincount(layers.maps.ravel(), minlength=len(boxes) + 1)[1:]
-    stays = (areas >= least) & (areas > 0) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    boxes = clipped(layers.boxes, (height, width))
+    areas = pixel_counts(layers)
+    stays = (areas >= least) & (areas > 0) & has_sides(boxes)
     if stays.all():
         return replace(sample, masks=replace(layers, boxes=boxes))
     numbers = np.zeros(len(boxes) + 1, np.uint16)
@@ -103,6 +115,21 @@ def tidied(sample: Sample, least: np.ndarray | int = 1) -> Sample:
     maps = numbers[layers.maps[..., used] if len(used) else layers.maps[..., :1]]
     class_ids = [label for label, kept in zip(sample.class_ids, stays, strict=True) if kept]
     return replace(sample, masks=Layers(maps, layer_of.astype(np.int64), boxes[stays]), class_ids=class_ids)
+
+
+def pixel_counts(layers: Layers) -> np.ndarray:
+    """(n,) pixels of each object."""
+    return np.bincount(layers.maps[layers.maps > 0], minlength=len(layers.boxes) + 1)[1:]
+
+
+def clipped(boxes: np.ndarray, size: Size) -> np.ndarray:
+    """(n, 4) boxes as far as they are within a picture of this size."""
+    return np.clip(boxes, 0, np.array([size[1], size[0]] * 2, np.float32))
+
+
+def has_sides(boxes: np.ndarray) -> np.ndarray:
+    """(n,) whether something is within the box."""
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
 def extents(layers: Layers) -> np.ndarray:

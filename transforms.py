@@ -24,7 +24,8 @@ from albumentations.core.transforms_interface import BasicTransform
 
 from colors import palette
 from errors import UserError, nearest
-from layers import extents, layered, overlap, tidied
+from instance_pictures import object_colors
+from layers import extents, layered, tidied
 from samples import IGNORED, Layers, Sample, Size
 
 Range = tuple[float, float]
@@ -78,8 +79,7 @@ def resize(sample: Sample, size: Size, *, pad: bool = False) -> Sample:
         scale = np.array([inside[1] / width, inside[0] / height] * 2, np.float32)
         maps = _padded(_resize(masks.maps, inside, kind), size, 0).reshape(*size, -1)
         masks = dataclasses.replace(masks, maps=maps, boxes=masks.boxes * scale)
-        # Small objects may be gone.
-        return tidied(dataclasses.replace(sample, frames=frames, masks=masks))
+        return tidied(dataclasses.replace(sample, frames=frames, masks=masks))  # small objects may be gone
     if masks is not None:
         masks = _padded(_resize(masks, inside, kind), size, IGNORED if sample.are_labels else 0)
     return dataclasses.replace(sample, frames=frames, masks=masks)
@@ -89,6 +89,12 @@ def content_size(picture: Size, size: Size) -> Size:
     """How large a picture is that just fits into `size`."""
     scale = min(size[0] / picture[0], size[1] / picture[1])
     return min(size[0], max(1, round(picture[0] * scale))), min(size[1], max(1, round(picture[1] * scale)))
+
+
+def content_share(picture: Size, size: Size) -> tuple[float, float]:
+    """The shares of the input's height and width that a padded picture takes."""
+    inside = content_size(picture, size)
+    return inside[0] / size[0], inside[1] / size[1]
 
 
 def _resize(image: np.ndarray, size: Size, interpolation: int = cv2.INTER_LINEAR) -> np.ndarray:
@@ -113,8 +119,8 @@ class Augment:
     `SomeOf`, `Sequential`) has its own list under `transforms`. OpenCV's constants go by name ("INTER_CUBIC"). A
     transform that needs a size and is given none gets the model's. Alpha is interpolated linearly throughout; labels
     never are, and what a transform fills up is ignored. Boxes of objects move with them, and are cut off at the
-    picture's sides; where a list turns or bends pictures they shrink to the pixels of their objects, since the box of a
-    turned box is too large.
+    picture's sides; where a list turns or bends pictures, or takes them to pieces, they are those of the objects'
+    pixels, since the box of a turned box is too large.
 
     `takes_originals` says that the list chooses its own part of the picture at its own size (`ScaleCrop`, `SizeCrop`);
     else the picture is brought to the model's size first, as `resize` does it with `pad`.
@@ -150,7 +156,7 @@ class Augment:
         return resize(self._changed(sample, result), size, pad=self.pad)
 
     def _changed(self, sample: Sample, result: dict[str, Any]) -> Sample:
-        """The sample with what the transforms made of it."""
+        """The sample with what the transforms made of it, objects not yet tidied."""
         sample = dataclasses.replace(sample, frames=[result["image"]])
         layers = sample.masks
         if not isinstance(layers, Layers):
@@ -159,13 +165,13 @@ class Augment:
         boxes = _gathered(result["bboxes"], result["numbers"], len(layers.boxes))
         changed = Layers(maps, layers.layer_of, boxes)
         if self._turns:
-            changed.boxes = overlap(boxes, extents(changed))
-        return tidied(dataclasses.replace(sample, masks=changed))
+            changed.boxes = extents(changed)
+        return dataclasses.replace(sample, masks=changed)
 
     def _compose(self, size: Size, kind: str) -> A.Compose:
         """The transforms for a size and masks that are alpha, labels or objects."""
         if (size, kind) not in self._composed:
-            built = [_build(entry, size, IGNORED if kind == "labels" else 0) for entry in self.transforms]
+            built = [_build(entry, size, kind) for entry in self.transforms]
             if kind == "objects":
                 built.append(A.NoOp(p=1))  # a list that leaves boxes alone would be warned about
             self._composed[size, kind] = A.Compose(
@@ -173,6 +179,8 @@ class Augment:
                 mask_interpolation=cv2.INTER_LINEAR if kind == "alpha" else cv2.INTER_NEAREST,
                 bbox_params=BOX_PARAMS if kind == "objects" else None,
             )
+            if kind != "alpha":
+                _center_labels(built)
         return self._composed[size, kind]
 
 
@@ -197,18 +205,27 @@ def _gathered(boxes: Any, numbers: Any, count: int) -> np.ndarray:
     return found
 
 
+def _center_labels(transforms: Sequence[Any]) -> None:
+    """Where transforms resize, labels are those of the nearest centre, as pictures are: OpenCV's other nearest
+    neighbour is half a pixel off, which is several where a small part is enlarged."""
+    for each in transforms:
+        if isinstance(each, RESIZING):
+            each.mask_interpolation = cv2.INTER_NEAREST_EXACT
+        _center_labels(getattr(each, "transforms", ()))
+
+
 def _any_turns(transforms: Sequence[Any]) -> bool:
     """Whether boxes may come back larger than their objects."""
     return any(isinstance(each, TURNING) or _any_turns(getattr(each, "transforms", ())) for each in transforms)
 
 
-def _build(entry: dict[str, Any], size: Size, fill: int) -> BasicTransform | BaseCompose:
-    """One transform, or a composition with its children, from its entry in the list; `fill` is for masks."""
+def _build(entry: dict[str, Any], size: Size, kind: str) -> BasicTransform | BaseCompose:
+    """One transform, or a composition with its children, from its entry in the list, for that kind of masks."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"augmentation: {entry!r} must be a mapping with the name of a transform, as {{name: Rotate}}")
     arguments = {key: _constant(value) for key, value in entry.items() if key != "name"}
-    kind = _transform_named(entry["name"])
-    accepted = inspect.signature(kind).parameters
+    made = _transform_named(entry["name"])
+    accepted = inspect.signature(made).parameters
     for key in arguments:
         if key not in accepted:
             known = f"it takes {', '.join(sorted(accepted))}"
@@ -216,12 +233,16 @@ def _build(entry: dict[str, Any], size: Size, fill: int) -> BasicTransform | Bas
     for key, value in (("size", size), ("height", size[0]), ("width", size[1])):
         if key in accepted:
             arguments.setdefault(key, value)
-    if fill and "fill_mask" in accepted and accepted["fill_mask"].default == 0:
-        arguments.setdefault("fill_mask", fill)
+    if "fill_mask" in accepted:
+        usual = accepted["fill_mask"].default
+        if kind == "labels" and usual == 0:
+            arguments.setdefault("fill_mask", IGNORED)
+        if kind == "objects" and usual is None:  # of what holes hide, boxes are cut off as well
+            arguments.setdefault("fill_mask", 0)
     if "transforms" in accepted:
-        arguments["transforms"] = [_build(child, size, fill) for child in arguments.get("transforms", [])]
+        arguments["transforms"] = [_build(child, size, kind) for child in arguments.get("transforms", [])]
     try:
-        return kind(**arguments)
+        return made(**arguments)
     except (ValueError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"augmentation: {entry['name']} refuses its arguments: {reason}") from error
@@ -675,6 +696,7 @@ TURNING = (
     RotateZoom,
     A.Affine,
     A.ElasticTransform,
+    A.FrequencyMasking,
     A.GridDistortion,
     A.GridElasticDeform,
     A.Morphological,
@@ -685,7 +707,19 @@ TURNING = (
     A.Rotate,
     A.SafeRotate,
     A.ThinPlateSpline,
-)  # that know of a box only its corners
+    A.TimeMasking,
+)  # that know of an object too little to say what its box becomes
+
+RESIZING = (
+    A.CropAndPad,
+    A.LongestMaxSize,
+    A.RandomResizedCrop,
+    A.RandomScale,
+    A.RandomSizedBBoxSafeCrop,
+    A.RandomSizedCrop,
+    A.Resize,
+    A.SmallestMaxSize,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -695,7 +729,7 @@ TURNING = (
 def preview_sheet(samples: Sequence[Sample], *, columns: int = 4, cell: int = 192) -> np.ndarray:
     """A contact sheet, (H, W, 3) uint8 RGB: each sample's image beside its masks, `cell` pixels wide, with its name.
 
-    Labels have the colours of `colors.palette`.
+    Labels have the colours of `colors.palette`, objects one each, with their boxes.
     """
     cells = [_preview_cell(sample, cell) for sample in samples]
     columns = min(columns, len(cells))
@@ -711,11 +745,22 @@ def _preview_cell(sample: Sample, cell: int) -> np.ndarray:
     """Image and masks side by side, a caption below, a margin around."""
     height, width = sample.frames[0].shape[:2]
     sample = resize(sample, (max(1, round(height * cell / width)), cell))
-    image = sample.frames[0]
-    masks = np.zeros(image.shape[:2], np.uint8) if sample.masks is None else sample.masks
-    drawn = palette()[masks] if sample.are_labels else np.repeat(masks[:, :, None], 3, axis=2)
-    both = np.hstack([image, drawn])
+    both = np.hstack([sample.frames[0], _drawn(sample)])
     framed = cv2.copyMakeBorder(both, 4, 20, 4, 4, cv2.BORDER_CONSTANT, value=(32, 32, 32))
     place = (6, framed.shape[0] - 6)
     caption = sample.sample_id.encode("ascii", "replace").decode()  # OpenCV's fonts know no other letters
     return cv2.putText(framed, caption, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (220, 220, 220), 1, cv2.LINE_AA)
+
+
+def _drawn(sample: Sample) -> np.ndarray:
+    """The masks as people see them, (H, W, 3)."""
+    masks = sample.masks
+    if masks is None:
+        return np.zeros_like(sample.frames[0])
+    if not isinstance(masks, Layers):
+        return palette()[masks] if sample.are_labels else np.repeat(masks[:, :, None], 3, axis=2)
+    colors = np.concatenate([np.zeros((1, 3), np.uint8), object_colors(len(masks.boxes))])
+    picture = colors[masks.maps.max(axis=2)]
+    for color, box in zip(colors[1:].tolist(), np.rint(masks.boxes).astype(int).tolist(), strict=True):
+        cv2.rectangle(picture, box[:2], (box[2] - 1, box[3] - 1), color, 1)
+    return picture

@@ -23,7 +23,7 @@ import yaml
 from pycocotools import mask as coco_mask
 
 from errors import UserError
-from layers import MAX_OBJECTS, split_codes
+from layers import MAX_DEPTH, MAX_OBJECTS, depth_of, split_codes
 from readers.base import DataError, Fault, Reader
 from readers.coco import CocoAnnotation, CocoFile, CocoImage, Id, shown, size_fault, to_rle
 from readers.folders import list_stems, locate, parse_spec
@@ -387,6 +387,9 @@ class InstanceReader(Reader):
             found, faults = source.find(item, size)
             if len(found) > MAX_OBJECTS:
                 faults.append(Fault(item.path, f"has {len(found)} objects, which are more than {MAX_OBJECTS}"))
+            codes = [each.code for each in found if not each.is_crowd]
+            if MAX_DEPTH < len(codes) <= MAX_OBJECTS and depth_of(codes, size) > MAX_DEPTH:
+                faults.append(Fault(item.path, f"has more than {MAX_DEPTH} objects over one another"))
             return (None, faults) if faults else (_checked(found, size), [])
         if checked.size != size:
             return None, [Fault(item.path, "has changed since it was checked")]

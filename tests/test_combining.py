@@ -70,8 +70,8 @@ def test_a_mosaic_has_parts_of_four_pictures_and_the_objects_in_them() -> None:
             rows, columns = np.nonzero(layers.maps[..., layer] == number + 1)
             seen[int(np.median(result.frames[0][rows, columns, 2]))] += 1
         bright = result.frames[0][..., 1] > 180
-        assert (layers.maps.any(axis=2) == bright).mean() > 0.97  # but for interpolated edges, and tiny rests
-    assert set(seen) == {0, 1, 2, 3}
+        assert (layers.maps.any(axis=2) == bright).mean() > 0.95  # but for interpolated edges, and tiny rests
+    assert min(seen[part] for part in range(4)) > 10
 
 
 def test_pasted_objects_hide_those_below() -> None:

@@ -126,6 +126,15 @@ def test_what_is_wrong_is_named_and_can_be_dropped(tmp_path: Path) -> None:
         instance_reader(str(path), images=tmp_path / "nowhere")
 
 
+def test_more_objects_than_layers_can_hold_are_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = [{"category_id": 1, "segmentation": square(i % 18, i // 18, 1)} for i in range(101)]
+    read_all(instance_reader(str(coco_set(tmp_path, apart))))
+    stacked = [{"category_id": 1, "segmentation": square(1, 1, 4)}] * 101
+    assert "more than 100 objects over one another" in problems(instance_reader(str(coco_set(tmp_path, stacked))))
+    monkeypatch.setattr("readers.instance.MAX_OBJECTS", 90)
+    assert "101 objects, which are more than 90" in problems(instance_reader(str(coco_set(tmp_path, apart))))
+
+
 def test_what_a_check_learned_is_handed_on_and_not_drawn_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = coco_set(tmp_path, [{"category_id": 1, "segmentation": square(1, 1, 4)}] * 3)
     reader, other = (instance_reader(str(path)) for _ in range(2))

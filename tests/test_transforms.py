@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+from pathlib import Path
 from typing import Any
 
+import albumentations as A
 import cv2
 import numpy as np
 import pytest
+import yaml
 from PIL import Image, ImageEnhance
+from pycocotools import mask as coco_mask
 
 import transforms
 from colors import palette
 from errors import UserError
-from samples import Sample
-from transforms import OFFICIAL_BINARY, OFFICIAL_SEMANTIC, Augment, ScaleCrop, preview_sheet, resize
+from layers import extents
+from samples import Objects, Sample
+from tests.conftest import ROOT
+from transforms import (
+    OFFICIAL_BINARY,
+    OFFICIAL_INSTANCE,
+    OFFICIAL_SEMANTIC,
+    Augment,
+    ScaleCrop,
+    content_size,
+    preview_sheet,
+    resize,
+)
 
 SIZE = (72, 96)
 BACKGROUND = {"name": "BackgroundSynthesis", "p": 1.0}
@@ -376,6 +391,200 @@ def test_the_preview_shows_labels_in_their_colours() -> None:
     sample = scene(0, SIZE)
     cell = preview_sheet([sample], cell=96)[4:76, 4:196]
     np.testing.assert_array_equal(cell[:, 96:], palette()[sample.masks])
+
+
+# --- objects
+
+
+def crowded(seed: int = 0, size: tuple[int, int] = (90, 150)) -> Sample:
+    """Seven discs in overlap, and a crowd, on a black picture; discs are of their number's colour in three layers.
+
+    The picture shows, in the channels, discs 0 to 2, so what transforms do to masks can be compared with it.
+    """
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[0], : size[1]]
+    discs = [np.hypot(y - rng.uniform(0, size[0]), x - rng.uniform(0, size[1])) < rng.uniform(12, 30) for _ in range(8)]
+    codes = [coco_mask.encode(np.asfortranarray(disc.astype(np.uint8))) for disc in discs]
+    boxes = np.array([coco_mask.toBbox(code) for code in codes])
+    boxes[:, 2:] += boxes[:, :2]
+    objects = Objects(codes, boxes.astype(np.float32), np.arange(8) == 3, np.zeros(8))
+    image = 255 * np.dstack(discs[:3]).astype(np.uint8)
+    return Sample([image], objects, list(range(8)), f"crowded/{seed}", are_labels=True)
+
+
+def mask(sample: Sample, number: int) -> np.ndarray:
+    return sample.masks.maps[..., sample.masks.layer_of[number]] == number + 1
+
+
+def in_step(result: Sample, share: float = 0.9, reach: float = 1.0) -> None:
+    """Masks are where the picture has their discs, boxes around them, and every object has both."""
+    layers = result.masks
+    height, width = result.frames[0].shape[:2]
+    assert layers.maps.dtype == np.uint16
+    assert layers.maps.shape[:2] == (height, width)
+    assert layers.boxes.shape == (len(result.class_ids), 4)
+    assert layers.boxes.min(initial=0) >= 0
+    assert (layers.boxes <= np.array([width, height] * 2)).all()
+    assert set(np.unique(layers.maps)) - {0} == set(range(1, len(result.class_ids) + 1))
+    tight = extents(layers)
+    for number, label in enumerate(result.class_ids):
+        if label < 3 and mask(result, number).sum() > 100:
+            drawn = result.frames[0][..., label] > 127
+            assert drawn[mask(result, number)].mean() >= share, label
+        assert (layers.boxes[number] - tight[number])[:2].max() <= reach
+        assert (tight[number] - layers.boxes[number])[2:].max() <= reach
+
+
+def test_objects_become_layers_without_crowds() -> None:
+    sample = crowded()
+    result = resize(sample, (90, 150))
+    assert result.class_ids == [0, 1, 2, 4, 5, 6, 7]
+    assert 1 < result.masks.maps.shape[2] < 7
+    for number, label in enumerate(result.class_ids):
+        np.testing.assert_array_equal(mask(result, number), coco_mask.decode(sample.masks.codes[label]))
+    np.testing.assert_array_equal(extents(result.masks), result.masks.boxes)
+    in_step(resize(sample, (45, 200)))
+    in_step(resize(sample, (45, 40), pad=True))
+    assert resize(crowded(), (4, 4)).masks.maps.shape[:2] == (4, 4)
+
+
+def test_objects_without_pixels_or_a_box_are_left_out_where_the_model_looks() -> None:
+    sample = crowded()
+    objects = sample.masks
+    objects.codes[0] = coco_mask.encode(np.zeros((90, 150), np.uint8, order="F"))
+    objects.boxes[1] = (10, 10, 10, 20)
+    objects.boxes[2] = (-20, 0, -10, 90)
+    dot = np.zeros((90, 150), np.uint8)
+    dot[7, 37] = 1  # which no centre of the small picture's pixels meets
+    objects.codes[4] = coco_mask.encode(np.asfortranarray(dot))
+    assert resize(sample, (90, 150)).class_ids == [4, 5, 6, 7]
+    assert 4 not in resize(sample, (3, 5)).class_ids
+    nothing = Sample(sample.frames, Objects([], np.zeros((0, 4), np.float32), np.zeros(0, bool), np.zeros(0)))
+    empty = Augment([{"name": "HorizontalFlip"}, {"name": "Rotate", "p": 1}])(nothing, SIZE, seeds(0))
+    assert (empty.class_ids, empty.masks.maps.shape) == ([], (*SIZE, 1))
+    assert empty.masks.boxes.shape == (0, 4)
+
+
+OBJECT_LISTS: dict[str, list[dict[str, Any]]] = {
+    "official": OFFICIAL_INSTANCE,
+    "size crop": [{"name": "SizeCrop", "p": 1.0, "shorter": [100], "sides": [40, 90]}],
+    "jitter": [{"name": "ScaleCrop", "scale": [0.1, 2.0], "fit": "inside"}],
+    "zoom": [{"name": "RotateZoom", "p": 1.0, "limit": 40}],
+    "reflect": [{"name": "RotateZoom", "p": 1.0, "limit": 40, "zoom": [0.6, 1.2], "border": "reflect"}],
+    "policies": POLICIES,
+    **{entry["name"]: [entry] for entry in GEOMETRY},
+}
+
+
+@pytest.mark.parametrize("name", OBJECT_LISTS)
+@pytest.mark.parametrize("pad", [False, True])
+def test_masks_boxes_and_classes_move_with_the_picture(name: str, pad: bool) -> None:
+    augment = Augment(OBJECT_LISTS[name], pad=pad)
+    share = 0.0 if name in ("policies", "TrivialAugment") else 0.85  # those change colours
+    for i in range(8):
+        result = augment(crowded(i), SIZE, seeds(i))
+        in_step(result, share, reach=3)  # a pixel of a small part becomes several
+        again = augment(crowded(i), SIZE, seeds(i))
+        np.testing.assert_array_equal(result.masks.maps, again.masks.maps)
+        np.testing.assert_array_equal(result.masks.boxes, again.masks.boxes)
+        assert result.class_ids == again.class_ids
+
+
+def test_boxes_keep_their_fractions_where_pictures_are_only_cut_and_flipped() -> None:
+    sample = crowded()
+    sample.masks.boxes += np.array([-0.25, 0.125, 0.25, -0.125], np.float32)
+    flipped = Augment([{"name": "HorizontalFlip", "p": 1.0}])(sample, (90, 150), seeds(0))
+    boxes = resize(sample, (90, 150)).masks.boxes
+    np.testing.assert_allclose(flipped.masks.boxes[:, [2, 0]], 150 - boxes[:, [0, 2]], atol=1e-4)
+    np.testing.assert_allclose(flipped.masks.boxes[:, [1, 3]], boxes[:, [1, 3]], atol=1e-4)
+    crop = Augment([{"name": "SizeCrop", "p": 1.0, "shorter": [90], "sides": [40, 60]}])
+    assert crop.takes_originals
+    whole = Augment([{"name": "ScaleCrop", "scale": [1.0, 1.0], "fit": "inside"}])(sample, (60, 100), seeds(0))
+    np.testing.assert_allclose(whole.masks.boxes, boxes / 1.5, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of its own transforms that are slow or have other names now
+def test_every_transform_by_name_moves_objects_or_is_refused_in_a_sentence() -> None:
+    needed: dict[str, dict[str, Any]] = {
+        "Crop": {"x_max": 60, "y_max": 50},
+        "CropAndPad": {"px": 5},
+        "GridElasticDeform": {"num_grid_xy": [3, 3], "magnitude": 5},
+        "LongestMaxSize": {"max_size": 80},
+        "PadIfNeeded": {"min_height": 99, "min_width": 99},
+        "RandomSizedCrop": {"min_max_height": [30, 60]},
+        "SmallestMaxSize": {"max_size": 50},
+    }
+    names = [name for name, kind in vars(A).items() if isinstance(kind, type) and issubclass(kind, A.DualTransform)]
+    refused = []
+    for name in names:
+        try:
+            augment = Augment([{"name": name, "p": 1.0, **needed.get(name, {})}])
+            for i in range(2):
+                result = augment(crowded(i), SIZE, seeds(i))
+                assert result.frames[0].shape[:2] == SIZE
+                in_step(result, share=0.0, reach=2)
+        except UserError as error:
+            refused.append(name if "\n" not in str(error) else str(error))
+    assert len(names) > 50
+    assert all("3D" in name or name in REFUSED for name in refused), refused
+
+
+REFUSED = (  # what they are named after, for several pictures, or in need of what a list in YAML cannot give
+    "DualTransform", "CubicSymmetry", "Transform3D", "MaskDropout", "Mosaic", "OverlayElements", "RandomCropNearBBox",
+    "Lambda",
+)  # fmt: skip
+
+
+def test_lists_that_do_not_suit_the_sample_are_named() -> None:
+    for entry, problem in (
+        ({"name": "MaskDropout", "p": 1.0}, "cannot be applied to"),
+        ({"name": "ScaleCrop", "cat_max_ratio": 0.5}, "cat_max_ratio is for label maps"),
+        ({"name": "Normalize", "p": 1.0}, "returns no bytes"),
+        ({"name": "ToTensorV2", "p": 1.0}, "returns no bytes"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            Augment([entry])(crowded(), SIZE, seeds(0))
+    with pytest.raises(UserError, match="fit must be cover or inside"):
+        Augment([{"name": "ScaleCrop", "fit": "outside"}])
+    with pytest.raises(UserError, match="SizeCrop refuses"):
+        Augment([{"name": "SizeCrop", "sides": [5, 4]}])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("augment_*.yml")), ids=lambda path: path.stem)
+def test_the_presets_of_augmentation_apply_to_objects(path: Path) -> None:
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+    augment = Augment(data["augment"])
+    for i in range(6):
+        result = augment(crowded(i, (300, 400)), (160, 160), seeds(i))
+        assert result.frames[0].shape == (160, 160, 3)
+        in_step(result, share=0.0)
+
+
+# --- pictures that keep their aspect ratio
+
+
+def test_padding_keeps_the_aspect_ratio() -> None:
+    sample = picture(size=(40, 100))
+    padded = resize(sample, (64, 50), pad=True)
+    assert content_size((40, 100), (64, 50)) == (20, 50)
+    np.testing.assert_array_equal(padded.frames[0][:20], resize(sample, (20, 50)).frames[0])
+    assert (padded.frames[0][20:] == transforms.MEAN_COLOR).all()
+    np.testing.assert_array_equal(padded.masks[:20], resize(sample, (20, 50)).masks)
+    assert not padded.masks[20:].any()
+    labels = resize(scene(0), (99, 50), pad=True).masks
+    assert labels.shape == (99, 50)
+    assert (labels[30:] == 255).all()
+    assert content_size((1, 1000), (8, 8)) == (1, 8)
+    assert content_size((1000, 3), (8, 8)) == (8, 1)
+
+
+def test_the_preview_shows_objects_in_colours_with_their_boxes() -> None:
+    sample = resize(crowded(), (90, 120))
+    cell = preview_sheet([sample], cell=120)[4:94, 4:244]
+    np.testing.assert_array_equal(cell[:, :120], sample.frames[0])
+    drawn = cell[:, 120:]
+    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) == len(sample.class_ids) + 1
+    assert not drawn[sample.masks.maps.max(axis=2) == 0].all()
 
 
 def test_the_palette_is_that_of_pascal_voc() -> None:
