@@ -103,6 +103,7 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
             training,
             path=str(path),
             size=None if data.dynamic_size or augment.takes_originals or combine else size,
+            pad=pads(config, task),
             write=world.local_rank == 0,
             barrier=world.barrier,
             progress=config.logging.progress and sys.stderr.isatty(),

@@ -141,7 +141,10 @@ class DataSettings:
     augment: list[dict] | None = setting(None, "transforms by name and arguments; null: the task's official recipe")
     background_synthesis: float = setting(0.0, "binary: probability of a plain synthetic background", min=0, max=1)
     mix: dict[str, float] = setting(
-        {}, "semantic: probability of cutmix, classmix for a sample, mixup for a batch", min=0, max=1
+        {},
+        "probabilities; semantic: of cutmix, classmix for a sample, mixup for a batch; instance: of mosaic, copy_paste",
+        min=0,
+        max=1,
     )
     fold: str = setting(
         "", "k-fold split of the training sets: 0/5, fold 0 of 5 validates; all or all/5, a run for each fold",
