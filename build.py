@@ -117,7 +117,7 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
         rank=world.rank,
         world_size=world.size,
         seed=config.seed,
-        dynamic_size=((ranges[1][0], ranges[1][1]), (ranges[0][0], ranges[0][1])) if ranges else None,
+        dynamic_size=[(low, high) for low, high in ranges[::-1]] if ranges else None,
         dynamic_size_batch=data.dynamic_size_batch,
         stride=stride,
     )

@@ -556,9 +556,10 @@ def cross_check(config: Config) -> None:
     if len(config.data.size) != 2:
         raise UserError(f"data.size is {size}, but must be [width, height]")
     ranges = config.data.dynamic_size
-    if ranges is not None and (len(ranges) != 2 or any(len(r) != 2 or r[0] > r[1] for r in ranges)):
+    if ranges is not None and (len(ranges) not in (1, 2) or any(len(r) != 2 or r[0] > r[1] for r in ranges)):
         raise UserError(
-            f"data.dynamic_size is {ranges}, but must be [[min width, max width], [min height, max height]]"
+            f"data.dynamic_size is {ranges}, but must be [[min width, max width], [min height, max height]], or "
+            "[[min, max]] for squares"
         )
     if config.data.fold not in ("", "all"):
         fold, folds = config.data.fold.split("/")

@@ -122,8 +122,9 @@ class TrainSampler(Sampler[list[SampleKey]]):
     `A`, rank `r` of `W` take the `B` entries from `((s*A + a)*W + r) * B`. Entries that do not fill an effective batch
     `B*A*W` at the end are left out of this epoch; a list shorter than one is repeated up to it.
 
-    With `dynamic_size=((h_min, h_max), (w_min, w_max))` every `dynamic_size_batch` micro-steps get another size, each
-    side drawn from the multiples of `stride` in its range, the same on all ranks; otherwise all have `size`.
+    With `dynamic_size=[(h_min, h_max), (w_min, w_max)]` every `dynamic_size_batch` micro-steps get another size, each
+    side drawn from the multiples of `stride` in its range, the same on all ranks; otherwise all have `size`. One range
+    alone is of squares.
 
     Raises:
         UserError: a range of `dynamic_size` without a multiple of `stride`, or an empty reader.
@@ -139,7 +140,7 @@ class TrainSampler(Sampler[list[SampleKey]]):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
-        dynamic_size: tuple[tuple[int, int], tuple[int, int]] | None = None,
+        dynamic_size: Sequence[tuple[int, int]] | None = None,
         dynamic_size_batch: int = 1,
         stride: int = 32,
     ):
@@ -148,7 +149,7 @@ class TrainSampler(Sampler[list[SampleKey]]):
         self.batch_size, self.grad_accum_steps = batch_size, grad_accum_steps
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.size, self.dynamic_size_batch, self.stride = size, dynamic_size_batch, stride
-        self.multiples = dynamic_size and tuple(_multiples(side, stride) for side in dynamic_size)
+        self.multiples = [_multiples(side, stride) for side in dynamic_size or ()]
         self._groups = [(np.array(indices), reader.weight_of(name)) for name, indices in reader.by_dataset().items()]
         self.epoch = self.start = 0
         effective = batch_size * grad_accum_steps * world_size
@@ -199,8 +200,8 @@ class TrainSampler(Sampler[list[SampleKey]]):
             return self.size
         seeds = np.random.SeedSequence([self.seed, self.epoch], spawn_key=(1, micro_step // self.dynamic_size_batch))
         generator = np.random.Generator(np.random.PCG64(seeds))
-        height, width = (self.stride * int(generator.integers(low, high + 1)) for low, high in self.multiples)
-        return height, width
+        sides = [self.stride * int(generator.integers(low, high + 1)) for low, high in self.multiples]
+        return sides[0], sides[-1]
 
 
 def _multiples(side: tuple[int, int], stride: int) -> tuple[int, int]:

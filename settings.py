@@ -128,7 +128,9 @@ class DataSettings:
     test: str = setting("", "test sets of evaluate.py, joined with +", path="spec", volatile=True)
     size: list[int] = setting([1024, 1024], "model input [width, height]; one number for a square", min=32)
     dynamic_size: list[list[int]] | None = setting(
-        None, "[[min width, max width], [min height, max height]] to draw training sizes from", min=32
+        None,
+        "[[min width, max width], [min height, max height]] to draw training sizes from; [[min, max]]: squares",
+        min=32,
     )
     dynamic_size_batch: int = setting(1, "draw a new size every so many batches", min=1)
     images: str = setting("", "folder of the images of COCO .json files; empty: looked for beside them", path="file")

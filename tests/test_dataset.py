@@ -126,6 +126,10 @@ def test_dynamic_sizes_are_shared_by_ranks_and_change_every_n_batches() -> None:
     assert {w for _, w in drawn} == {64}
     one_rank = entries(TrainSampler(Numbers(60), **settings))
     assert [b[0].size for b in one_rank][:30] == sizes[0]
+    squares = entries(TrainSampler(Numbers(60), **{**settings, "dynamic_size": [(100, 260)]}))
+    drawn = {batch[0].size for batch in squares}
+    assert len(drawn) > 2
+    assert all(height == width for height, width in drawn)
     with pytest.raises(UserError, match="dynamic_size"):
         TrainSampler(Numbers(9), batch_size=1, size=(8, 8), dynamic_size=((33, 63), (64, 64)))
 
