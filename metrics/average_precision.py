@@ -123,14 +123,55 @@ def in_range(areas: np.ndarray) -> np.ndarray:
     return np.stack([(areas >= low) & (areas <= high) for low, high in AREAS.values()])
 
 
-def pack(bits: np.ndarray) -> np.ndarray:
-    """(A, T, n) bool -> (5, n) uint8."""
-    return np.packbits(bits.reshape(math.prod(BITS), bits.shape[-1]), axis=0)
+def pack(found: np.ndarray, wrong: np.ndarray) -> dict[str, np.ndarray]:
+    """What a row keeps of (A, T, n) bool: most detections are near no object, and so wrong alike at every IoU.
+
+    `plain` (n,) uint8 are their bits, of each range one; of the others, `special` (s,) int32, all are kept, as `found`
+    and `wrong` (5, s) uint8.
+    """
+    special = np.flatnonzero((found | (wrong != wrong[:, :1])).any((0, 1)))
+    plain = wrong[:, 0].copy()
+    plain[:, special] = False
+    flat = (each[..., special].reshape(math.prod(BITS), len(special)) for each in (found, wrong))
+    bits = (np.packbits(each, axis=0) for each in flat)
+    return dict(zip(("plain", "special", "found", "wrong"),
+                    (np.packbits(plain, axis=0)[0], special.astype(np.int32), *bits), strict=True))  # fmt: skip
 
 
-def unpack(packed: np.ndarray) -> np.ndarray:
-    """(5, n) uint8 -> (A, T, n) bool."""
-    return np.unpackbits(packed, axis=0).view(bool).reshape(*BITS, packed.shape[-1])
+@dataclass
+class Outcomes:
+    """What `pack` keeps, of the detections of many pictures."""
+
+    plain: np.ndarray  # (n,) uint8
+    column: np.ndarray  # (n,) int64 where special ones have their bits, -1 for the others
+    found: np.ndarray  # (5, s) uint8
+    wrong: np.ndarray  # (5, s) uint8
+
+    def chosen(self, which: np.ndarray) -> Outcomes:
+        return Outcomes(self.plain[which], self.column[which], self.found, self.wrong)
+
+    def special(self) -> np.ndarray:
+        """(s,) the places of special ones."""
+        return np.flatnonzero(self.column >= 0)
+
+    def bits(self, special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(found, wrong), each (A, T, s) bool, of the special ones at these places."""
+        columns = self.column[special]
+        flat = (np.unpackbits(packed[:, columns], axis=0).view(bool) for packed in (self.found, self.wrong))
+        found, wrong = (each.reshape(*BITS, len(columns)) for each in flat)
+        return found, wrong
+
+    def plainly_wrong(self) -> np.ndarray:
+        """(A, n) bool."""
+        return np.unpackbits(self.plain[None], axis=0, count=len(AREAS)).view(bool)
+
+    def at_iou_50(self) -> tuple[np.ndarray, np.ndarray]:
+        """(found, wrong), each (n,) bool, at IoU .5 and for all areas."""
+        special = self.special()
+        right, wrong = np.zeros(len(self.plain), bool), self.plainly_wrong()[0]
+        bits = self.bits(special)
+        right[special], wrong[special] = bits[0][0, IOU_50], bits[1][0, IOU_50]
+        return right, wrong
 
 
 # ---------------------------------------------------------------- many pictures
@@ -144,7 +185,7 @@ class Ranking:
     labels: np.ndarray  # (n,)
     scores: np.ndarray  # (n,) float64
     ranks: np.ndarray  # (n,) int64, how many of its picture and class are better
-    bits: dict[str, tuple[np.ndarray, np.ndarray]]  # by kind: (found, wrong), packed
+    outcomes: dict[str, Outcomes]  # by kind
     holder: np.ndarray  # (g,) int64, a picture that has objects of a class
     classes: np.ndarray  # (g,) the class
     objects: np.ndarray  # (g, A) int64, how many of each range
@@ -159,13 +200,20 @@ class Ranking:
         scores = joined("scores")
         order = np.argsort(-scores, kind="stable")
         counts = [len(row.curves["labels"]) for row in rows]
-        packed = {kind: (joined(f"{kind}_found", 1), joined(f"{kind}_wrong", 1)) for kind in kinds}
+        outcomes = {}
+        for kind in kinds:
+            starts = np.cumsum([0, *counts[:-1]])
+            special = [row.curves[f"{kind}_special"] + start for row, start in zip(rows, starts, strict=True)]
+            column = np.full(len(scores), -1)
+            column[np.concatenate(special)] = np.arange(sum(map(len, special)))
+            bits = (joined(f"{kind}_{name}", 1) for name in ("found", "wrong"))
+            outcomes[kind] = Outcomes(joined(f"{kind}_plain"), column, *bits).chosen(order)
         return cls(
             owner=np.repeat(np.arange(len(rows)), counts)[order],
             labels=joined("labels")[order],
             scores=scores[order],
             ranks=np.concatenate([ranks_within(row.curves["labels"]) for row in rows])[order],
-            bits={kind: (found[:, order], wrong[:, order]) for kind, (found, wrong) in packed.items()},
+            outcomes=outcomes,
             holder=np.repeat(np.arange(len(rows)), [len(row.curves["classes"]) for row in rows]),
             classes=joined("classes"),
             objects=joined("objects").astype(np.int64),
@@ -184,7 +232,7 @@ class Ranking:
             self.labels[which],
             self.scores[which],
             self.ranks[which],
-            {kind: (found[:, which], wrong[:, which]) for kind, (found, wrong) in self.bits.items()},
+            {kind: each.chosen(which) for kind, each in self.outcomes.items()},
             self.holder[holders],
             self.classes[holders],
             self.objects[holders],
@@ -202,17 +250,17 @@ class Ranking:
         Of a picture and class `limits` (M,) detections are taken, the most of them for the precision; NaN where no
         object is there. Pictures are taken `weights` (R, pictures) times.
         """
-        found, wrong = (unpack(packed) for packed in self.bits[kind])
-        hits = found.any((0, 1))  # precision falls everywhere else, so that only these can be on the curve
-        times = weights[:, None, None, self.owner]
-        right = found[..., hits] * times[..., hits]
-        missed = wrong * times
-        missed = np.cumsum(missed, -1, out=missed)[..., hits]
+        outcomes = self.outcomes[kind]
+        special = outcomes.special()  # precision falls everywhere else, so that only these can be on the curve
+        found, wrong = outcomes.bits(special)
+        times = weights[:, None, self.owner]
+        right, missed = (bits * times[:, None, :, special] for bits in (found, wrong))
+        missed = missed.cumsum(-1) + (outcomes.plainly_wrong() * times).cumsum(-1)[:, :, None, special]
         there = self.there(weights)
         is_absent = there == 0
         there = np.maximum(there, 1)[..., None]
         precision = interpolated(right.cumsum(-1), missed, there)
-        recall = np.stack([(right * (self.ranks[hits] < limit)).sum(-1) for limit in limits], -1) / there[..., None]
+        recall = np.stack([(right * (self.ranks[special] < limit)).sum(-1) for limit in limits], -1) / there[..., None]
         precision[is_absent] = recall[is_absent] = np.nan
         return precision, recall
 
@@ -222,7 +270,7 @@ class Ranking:
         They begin with none believed, whose score is NaN; 0 / 0 is NaN. `f1_threshold` (n,) are the scores.
         """
         ends = np.flatnonzero(np.diff(self.scores, append=-np.inf))  # equal scores are believed together
-        found, wrong = (unpack(packed)[0, IOU_50] * weights[:, self.owner] for packed in self.bits[kind])
+        found, wrong = (bits * weights[:, self.owner] for bits in self.outcomes[kind].at_iou_50())
         right, missed = (np.insert(each.cumsum(-1)[:, ends], 0, 0, axis=-1) for each in (found, wrong))
         there = self.there(weights)[:, :1]
         with np.errstate(invalid="ignore"):
@@ -245,7 +293,7 @@ class Ranking:
 
     def at(self, threshold: float, kind: str) -> tuple[float, float]:
         """(precision, recall) at IoU .5 of the detections whose score is `threshold` or more; NaN for 0 / 0."""
-        right, wrong = (unpack(packed)[0, IOU_50][self.scores >= threshold].sum() for packed in self.bits[kind])
+        right, wrong = (bits[self.scores >= threshold].sum() for bits in self.outcomes[kind].at_iou_50())
         with np.errstate(invalid="ignore"):
             return float(right / (right + wrong)), float(right / self.objects[:, 0].sum())
 

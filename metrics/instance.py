@@ -25,7 +25,6 @@ from metrics.average_precision import (
     in_range,
     match_picture,
     pack,
-    unpack,
 )
 from metrics.base import Row, StreamingMetric
 from plots import COLORS, FAINT, Line, draw_bars, draw_lines
@@ -171,8 +170,8 @@ class InstanceMetric(StreamingMetric):
         curves = {"labels": found.labels.astype(np.int32), "scores": scores,
                   "classes": classes.astype(np.int32), "objects": objects}  # fmt: skip
         for kind in self.kinds:
-            right, wrong = match_picture(kind, found, there, ignored, crowd)
-            curves |= {f"{kind}_found": pack(right), f"{kind}_wrong": pack(wrong)}
+            packed = pack(*match_picture(kind, found, there, ignored, crowd))
+            curves |= {f"{kind}_{name}": values for name, values in packed.items()}
         row = Row(dataset, sample_id, path, {}, curves)
         row.scores.update(self._own_scores(row))
         self.rows.append(row)
@@ -183,8 +182,8 @@ class InstanceMetric(StreamingMetric):
         scores = self._scores(self.kinds, [ranking], ranking, once)
         own = {name: values.item() for name, values in scores.items()}
         if math.isnan(own[self.primary]):
-            wrong = unpack(row.curves[f"{self.kinds[0]}_wrong"])[0, 0]
-            own[self.primary] = 1 - float(row.curves["scores"][wrong].max(initial=0))
+            _, wrong = ranking.outcomes[self.kinds[0]].at_iou_50()
+            own[self.primary] = 1 - float(ranking.scores[wrong].max(initial=0))
         return own
 
     # ------------------------------------------------------------ all samples together
