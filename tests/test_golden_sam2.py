@@ -15,7 +15,8 @@ from torch import Tensor
 
 from models.base import key_pairs
 from models.sam2.mask_decoder import take
-from models.sam2.model import Points, Sam2, mask_logits, resize
+from models.sam2.model import Sam2
+from models.sam2.parts import Points, mask_logits, resize
 from models.sam2.positions import sine_map
 from models.sam2.prompts import Plan, center_clicks
 from models.sam2.tracker import Tracker
@@ -60,7 +61,7 @@ def load(case: dict[str, Any]) -> Sam2:
 
 
 def assert_close(value: Tensor, expected: np.ndarray, tolerance: float = 1e-4) -> None:
-    """As the cases state it: relative to the largest value, none of which is below 1e-5 but for a loss of exact masks."""
+    """As the cases state it: relative to the largest value, which is below 1e-5 in one loss of exact masks alone."""
     count, largest = len(expected) - 3, max(expected[-1], 1e-5)
     np.testing.assert_allclose(golden().sample(value, count), expected, rtol=0, atol=tolerance * largest)
 

@@ -42,33 +42,46 @@ class MaskDecoder(nn.Module):
     def forward(
         self, image: Tensor, position: Tensor, tokens: Tensor, finest: Tensor, finer: Tensor, multimask: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `predict`, of three masks (`multimask`) or of one, whose token is the first whichever mask it is."""
+        inputs = (image, position, tokens, finest, finer)
+        if multimask:
+            return self.predict(*inputs, chosen=slice(1, MASKS))
+        if not self.replaces_unstable:
+            return self.predict(*inputs, chosen=slice(0, 1))
+        logits, ious, mask_tokens, scores = self.predict(*inputs)
+        logits, ious = self.take_stable(logits, ious)
+        return logits, ious, mask_tokens[:, :1], scores
+
+    def predict(
+        self,
+        image: Tensor,
+        position: Tensor,
+        tokens: Tensor,
+        finest: Tensor,
+        finer: Tensor,
+        chosen: slice = slice(0, MASKS),
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
         Args:
             image: (B, 256, h, w) with the dense prompt added.
             position: (256, h, w) code of every cell.
             tokens: (B, P, 256) of the prompt.
             finest, finer: (B, 32, 4h, 4w) and (B, 64, 2h, 2w), projected already.
-            multimask: three masks rather than one.
+            chosen: which M of the four masks.
 
         Returns:
-            logits (B, M, 4h, 4w), predicted IoUs in [0, 1] (B, M), mask tokens (B, M, 256), object scores (B, 1),
-            M being 3 or 1. The token of a single mask is always the first, whichever mask was taken.
+            logits (B, M, 4h, 4w), predicted IoUs in [0, 1] (B, M), mask tokens (B, M, 256), object scores (B, 1).
         """
         own = torch.cat((self.object_token.weight, self.iou_token.weight, self.mask_tokens.weight))
         tokens = torch.cat((own.expand(len(tokens), -1, -1), tokens), 1)
         tokens, x = self.transformer(image.flatten(2).mT, position.flatten(1).mT, tokens)
         x = self.upscale(x.mT.unflatten(-1, image.shape[-2:]), finest, finer)
-        ious, scores = self.iou_head(tokens[:, 1]).sigmoid(), self.object_head(tokens[:, 0])
-        mask_tokens = tokens[:, 2 : 2 + MASKS]
-        chosen = slice(1, MASKS) if multimask else slice(0, MASKS if self.replaces_unstable else 1)
-        nets = zip(self.hypernetworks[chosen], mask_tokens[:, chosen].unbind(1), strict=True)
+        mask_tokens = tokens[:, 2 : 2 + MASKS][:, chosen]
+        nets = zip(self.hypernetworks[chosen], mask_tokens.unbind(1), strict=True)
         filters = torch.stack([net(token) for net, token in nets], 1)
         logits = (filters @ x.flatten(2)).unflatten(-1, x.shape[-2:])
-        if multimask:
-            return logits, ious[:, chosen], mask_tokens[:, chosen], scores
-        if self.replaces_unstable:
-            logits, ious = self.take_stable(logits, ious)
-        return logits, ious[:, :1], mask_tokens[:, :1], scores
+        ious = self.iou_head(tokens[:, 1]).sigmoid()[:, chosen]
+        return logits, ious, mask_tokens, self.object_head(tokens[:, 0])
 
     @property
     def replaces_unstable(self) -> bool:

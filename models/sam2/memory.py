@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 PROMPTED = 7  # the moment of frames with a prompt, whenever they were
 RECENT = 6  # frames before this one whose memories count
@@ -17,6 +20,20 @@ class Recall:
     memories: tuple[tuple[int, int], ...]
     pointers: tuple[tuple[int, int], ...]
     longest: int  # the way in time that pointers' moments are shares of
+
+    def moments(self, device: torch.device) -> Tensor:
+        """(R,) int64, of the memories."""
+        return to_device([moment for _, moment in self.memories], device)
+
+    def steps(self, device: torch.device) -> Tensor:
+        """(P,) float32, of the pointers, as shares of the longest way."""
+        return to_device([away / self.longest for _, away in self.pointers], device)
+
+
+def to_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """A tensor of these, without waiting for the device."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def recall(

@@ -1,101 +1,52 @@
-"""SAM 2.1 as one model: what an image, a prompt and a memory become."""
+"""SAM 2.1 as the programs use it: training, evaluation, official weights, graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError, nearest
-from models.base import KeyTable, LoadReport, Model, unwrap
-from models.sam2.image_encoder import TRUNKS, WIDTH, ImageEncoder
-from models.sam2.mask_decoder import MaskDecoder, take
-from models.sam2.memory_attention import MemoryAttention
-from models.sam2.memory_encoder import MemoryEncoder, ObjectPointers
-from models.sam2.prompt_encoder import NOT_A_POINT, PromptEncoder
+from models.base import KeyTable, LoadReport, unwrap
+from models.sam2.graphs import Graph, graphs_of
+from models.sam2.image_encoder import TRUNKS
+from models.sam2.parts import ABSENT, Points, Sam2Parts
+from models.sam2.prompt_encoder import POSITIVE
+from models.sam2.prompts import RandomUser, boxes_around, center_clicks
+from models.sam2.tracker import Tracker
+from models.sam2.training import segment_clips
 
 OFFICIAL_WEIGHTS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824"
-ABSENT = -1024.0  # the logits of an object that is not there
+PARTS = ("image_encoder", "prompt_encoder", "mask_decoder", "memory_attention", "memory_encoder", "object_pointers")
 
 
-@dataclass(frozen=True)
-class Features:
-    """Of N images: `coarse` (N, 256, h, w) at stride 16; `finer` (N, 64, 2h, 2w) and `finest` (N, 32, 4h, 4w), as the
-    mask decoder takes them."""
+class Sam2(Sam2Parts):
+    """Masks of prompted objects in clips and images, of any size whose sides are multiples of 32.
 
-    coarse: Tensor
-    finer: Tensor
-    finest: Tensor
+    Batches have `images` (B, T, 3, H, W) and `targets` with `masks` (N, T, H, W), above 0 on each of the N objects of
+    all clips, and `clips` (N,) int64, the clip that each is in. Prompts are drawn from these masks.
 
-    def of(self, images: Tensor) -> Features:
-        """Those of the image that each object is in, (B,) int64."""
-        return Features(*(part.index_select(0, images) for part in (self.coarse, self.finer, self.finest)))
+    In training the outputs are those of `segment_clips`. In evaluation each object is prompted once, in the first frame
+    that shows it, and followed to the end of its clip: `logits` (N, T, H/4, W/4), −1024 where it is held to be absent
+    and before its first frame, and `scores` (N, T), above 0 where it is held to be present.
 
-    def expand(self, objects: int) -> Features:
-        """Those of the only image, for so many objects in it."""
-        return Features(*(part.expand(objects, -1, -1, -1) for part in (self.coarse, self.finer, self.finest)))
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images."""
-        height, width = self.coarse.shape[-2:]
-        return 16 * height, 16 * width
-
-
-@dataclass(frozen=True)
-class Points:
-    """`positions` (B, P, 2) x and y in pixels of the input, `labels` (B, P): 1 on the object, 0 beside it, 2 and 3 the
-    first and last corner of a box, −1 none."""
-
-    positions: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        """How many there are on each object."""
-        return self.labels.shape[1]
-
-    def then(self, more: Points) -> Points:
-        """These, and more of them."""
-        positions = torch.cat((self.positions, more.positions), 1)
-        return Points(positions, torch.cat((self.labels, more.labels), 1))
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """Of B objects: `candidates` (B, M, 4h, 4w) logits with their predicted `ious` (B, M); the one taken, `masks`
-    (B, 1, 4h, 4w); `pointers` (B, 256); `scores` (B, 1), above 0 where the object is there."""
-
-    candidates: Tensor
-    ious: Tensor
-    masks: Tensor
-    pointers: Tensor
-    scores: Tensor
-
-
-class Sam2(Model):
-    """Images and clips of any size whose sides are multiples of 32.
+    Images alone, (B, 3, H, W), are segmented as if someone clicked in their middle: `logits` (B, 3, H/4, W/4), `ious`
+    (B, 3) and `scores` (B, 1). Prompts of a person go to `Tracker`, or to `without_memory` and `decode`.
 
     Args:
         variant: "tiny", "small", "base_plus" or "large".
         trainable: the parts to train, of `PARTS`; none named: all.
         drop_path: stochastic depth of the image encoder.
         dropout: of the memory attention.
+        point_prompts, box_prompts, conditioning_frames, corrected_frames, correction_clicks, true_clicks: what the user
+            does in training, see `RandomUser`.
+        evaluation_prompt: "mask", "click" (in the middle of the object) or "box".
     """
 
-    stride = 32
     encoder = "image_encoder."
-    PARTS = (
-        "image_encoder",
-        "prompt_encoder",
-        "mask_decoder",
-        "memory_attention",
-        "memory_encoder",
-        "object_pointers",
-    )
+    graph_size = (1024, 1024)  # height and width of the images that exported graphs take
 
     def __init__(
         self,
@@ -103,126 +54,79 @@ class Sam2(Model):
         trainable: Sequence[str] = (),
         drop_path: float = 0.1,
         dropout: float = 0.1,
+        point_prompts: float = 0.5,
+        box_prompts: float = 0.5,
+        conditioning_frames: int = 2,
+        corrected_frames: int = 2,
+        correction_clicks: int = 7,
+        true_clicks: float = 0.1,
+        evaluation_prompt: Literal["mask", "click", "box"] = "mask",
     ) -> None:
         """Raises `UserError` for an unknown variant or part."""
-        super().__init__()
         if variant not in TRUNKS:
             raise UserError(
                 f"model.variant: there is no {variant!r}{nearest(variant, TRUNKS)}; known: {', '.join(TRUNKS)}"
             )
         for part in trainable:
-            if part not in self.PARTS:
+            if part not in PARTS:
                 raise UserError(
-                    f"model.trainable: there is no {part!r}{nearest(part, self.PARTS)}; known: {', '.join(self.PARTS)}"
+                    f"model.trainable: there is no {part!r}{nearest(part, PARTS)}; known: {', '.join(PARTS)}"
                 )
-        self.variant = variant
-        self.image_encoder = ImageEncoder(variant)
+        super().__init__(variant, dropout)
+        self.variant, self.evaluation_prompt = variant, evaluation_prompt
+        self.user = RandomUser(
+            point_prompts, box_prompts, conditioning_frames, corrected_frames, correction_clicks, true_clicks
+        )
         self.set_drop_path(drop_path)
-        self.prompt_encoder = PromptEncoder()
-        self.mask_decoder = MaskDecoder()
-        self.memory_attention = MemoryAttention(dropout)
-        self.memory_encoder = MemoryEncoder()
-        self.object_pointers = ObjectPointers()
-        for part in self.PARTS if trainable else ():
+        for part in PARTS if trainable else ():
             self.get_submodule(part).requires_grad_(part in trainable)
 
-    # --- what a frame goes through --------------------------------------------------------------------------------
+    def forward(self, batch: Any) -> dict[str, Any]:
+        images: Tensor = getattr(batch, "images", batch)
+        if images.ndim == 4:
+            return self.segment_middle(images)
+        truth, clips = batch.targets.masks > 0, batch.targets.clips
+        if self.training:
+            return segment_clips(self, images, truth, clips, self.user)
+        return self.follow(images, truth, clips)
 
-    def encode(self, images: Tensor) -> Features:
-        """Features of normalised images (N, 3, H, W), as many frames and clips at once as there is memory for.
-        Raises `UserError` for sides that are no multiples of 32."""
+    def segment_middle(self, images: Tensor) -> dict[str, Tensor]:
+        """Three masks for a click in the middle of each image (B, 3, H, W)."""
+        features = self.encode(images)
         height, width = images.shape[-2:]
-        if not torch.compiler.is_compiling() and (height % self.stride or width % self.stride):
-            raise UserError(f"an input of {width}×{height} pixels: SAM 2 needs sides that are multiples of 32")
-        finest, finer, coarse = self.image_encoder(images)
-        return Features(coarse, self.mask_decoder.finer_proj(finer), self.mask_decoder.finest_proj(finest))
+        x = torch.full((len(images), 1), width / 2, device=images.device)
+        points = Points(torch.stack((x, torch.full_like(x, height / 2)), -1), torch.full_like(x, POSITIVE))
+        logits, ious, _, scores = self.decode(self.without_memory(features), features, points, multimask=True)
+        return {"logits": logits, "ious": ious, "scores": scores}
 
-    def without_memory(self, features: Features) -> Tensor:
-        """What `decode` and `segment` take of frames that remember nothing: images, and frames with a first prompt."""
-        return features.coarse + self.memory_attention.no_memory[0, :, :, None, None]
+    def follow(self, images: Tensor, truth: Tensor, clips: Tensor) -> dict[str, Tensor]:
+        """Masks of objects that are prompted once and followed; shapes as in `segment_clips`."""
+        _, num_frames, _, height, width = images.shape
+        first = [there.index(True) if any(there) else -1 for there in truth.flatten(2).any(2).tolist()]
+        logits = torch.full((len(truth), num_frames, height // 4, width // 4), ABSENT, device=images.device)
+        scores = logits[..., 0, 0].clone()
+        for clip, frames in enumerate(images):
+            members = (clips == clip).nonzero()[:, 0].tolist()
+            tracker = Tracker(self, (height, width), num_frames)
+            for t, frame in enumerate(frames):
+                for number in members:
+                    if first[number] == t:
+                        self.prompt_once(tracker, t, frame, number, truth[number, t])
+                for _, numbers, masks in tracker.propagate([(t, frame)] if tracker.objects else []):
+                    logits[numbers, t] = masks[:, 0]
+                    scores[numbers, t] = tracker.scores(t)
+        return {"logits": logits, "scores": scores}
 
-    def with_memory(
-        self, features: Features, memories: Tensor, moments: Sequence[int], pointers: Tensor, steps: Sequence[float]
-    ) -> Tensor:
-        """The same of frames of B objects that remember.
-
-        Args:
-            memories: (B, R, 64, h, w) of R other frames, which `memory.recall` chooses.
-            moments: of those frames, see there.
-            pointers: (B, P, 256) of P other frames.
-            steps: how far those are away, as shares of the longest way.
-        """
-        device = features.coarse.device
-        tokens, codes = self.object_pointers.tokens(pointers, torch.tensor(steps, device=device))
-        moment = torch.tensor(moments, device=device)
-        return self.memory_attention(features.coarse, memories, moment, tokens, codes)
-
-    def decode(
-        self,
-        conditioned: Tensor,
-        features: Features,
-        points: Points | None = None,
-        masks: Tensor | None = None,
-        multimask: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Masks of B objects from prompts.
-
-        Args:
-            conditioned: (B, 256, h, w), features with or without memory.
-            features: of the same frames.
-            masks: (B, 1, ·, ·) logits of masks as they were predicted before, of any size.
-
-        Returns:
-            what `MaskDecoder` returns.
-        """
-        height, width = conditioned.shape[-2:]
-        tokens = conditioned.new_zeros(len(conditioned), 0, WIDTH)
-        if points is not None:
-            tokens = self.prompt_encoder.embed_points(points.positions, points.labels, features.image_size)
-        if masks is not None and masks.shape[-2:] != (4 * height, 4 * width):
-            masks = resize(masks, 4 * height, 4 * width, antialias=True)
-        return self.mask_decoder(
-            conditioned + self.prompt_encoder.embed_masks(masks),
-            self.prompt_encoder.frequencies.grid(height, width),
-            tokens,
-            features.finest,
-            features.finer,
-            multimask,
-        )
-
-    def segment(
-        self,
-        conditioned: Tensor,
-        features: Features,
-        points: Points | None = None,
-        masks: Tensor | None = None,
-        multimask: bool = False,
-    ) -> Segmentation:
-        """As `decode`, for frames of a video: with the best of the masks, and only where the object is there."""
-        if points is None:
-            none = conditioned.new_zeros(len(conditioned), 1)
-            points = Points(none[..., None].expand(-1, -1, 2), torch.full_like(none, NOT_A_POINT))
-        candidates, ious, tokens, scores = self.decode(conditioned, features, points, masks, multimask)
-        candidates = candidates.float().where((scores > 0)[..., None, None], ABSENT)
-        best = ious.argmax(1, keepdim=True)
-        token = tokens.gather(1, best[..., None].expand(-1, -1, WIDTH))[:, 0]
-        return Segmentation(candidates, ious, take(candidates, best), self.object_pointers(token, scores), scores)
-
-    def adopt(self, features: Features, masks: Tensor) -> Segmentation:
-        """The segmentation that given masks (B, 1, H, W), 0 or 1 in the size of the input, stand for."""
-        prompt = self.object_pointers.mask_downsample(masks.float())
-        pointers = self.segment(features.coarse, features, masks=prompt).pointers
-        there = masks.flatten(1).any(1, keepdim=True)
-        pointers = self.object_pointers.present(pointers, there)
-        height, width = features.finest.shape[-2:]
-        logits = resize(mask_logits(masks), height, width, antialias=True)
-        return Segmentation(logits, torch.ones_like(pointers[:, :1]), logits, pointers, mask_logits(there))
-
-    def remember(self, features: Features, masks: Tensor, scores: Tensor, binary: bool = False) -> Tensor:
-        """Memories (B, 64, h, w) of frames with masks (B, 1, H, W), logits in the size of the input, and scores of
-        objects (B, 1). `binary`: of the masks as they are drawn, as is official for prompted frames in evaluation."""
-        shares = (masks > 0).to(features.coarse.dtype) if binary else masks.sigmoid()
-        return self.memory_encoder(features.coarse, shares, scores)
+    def prompt_once(self, tracker: Tracker, frame: int, image: Tensor, number: int, mask: Tensor) -> None:
+        """Prompt an object, as the settings say, from its true mask (H, W)."""
+        truth = mask[None, None]
+        if self.evaluation_prompt == "mask":
+            tracker.add_mask(frame, image, number, mask)
+        elif self.evaluation_prompt == "box":
+            tracker.add_points(frame, image, number, box=(boxes_around(truth)[0]).tolist())
+        else:
+            click = center_clicks(truth, torch.zeros_like(truth))
+            tracker.add_points(frame, image, number, click.positions[0].tolist(), click.labels[0].tolist())
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -238,6 +142,12 @@ class Sam2(Model):
         if part[0] == "blocks":
             return int(part[1]) + 1, total
         return (0 if part[0] == "patch_embed" else total), total
+
+    # --- export ---------------------------------------------------------------------------------------------------
+
+    def export_graphs(self) -> dict[str, Graph]:
+        """The four graphs of `models.sam2.graphs`, for images of `graph_size`."""
+        return graphs_of(self, *self.graph_size)
 
     # --- official checkpoints -------------------------------------------------------------------------------------
 
@@ -307,16 +217,6 @@ class Sam2(Model):
             if (row.width, row.blocks) == (width, blocks):
                 return {"variant": name}
         raise UserError(f"the checkpoint's trunk, {width} wide with {blocks} blocks, is none of {', '.join(TRUNKS)}")
-
-
-def mask_logits(masks: Tensor) -> Tensor:
-    """Given masks, 0 or 1, as sure logits: −10 or 10."""
-    return masks.float() * 20 - 10
-
-
-def resize(masks: Tensor, height: int, width: int, antialias: bool = False) -> Tensor:
-    """(B, M, ·, ·) → (B, M, height, width), bilinear, in float32."""
-    return F.interpolate(masks.float(), (height, width), mode="bilinear", antialias=antialias)
 
 
 LOOSE_KEYS: KeyTable = [

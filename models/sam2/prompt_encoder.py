@@ -43,8 +43,8 @@ class PromptEncoder(nn.Module):
         embeddings: list[Any] = [self.not_a_point, *self.points]
         table = torch.cat([embedding.weight for embedding in embeddings])
         height, width = size
-        centers = (points.float() + 0.5) / points.new_tensor([width, height], dtype=torch.float32)
-        codes = self.frequencies(centers).where((labels != NOT_A_POINT)[..., None], 0)
+        x, y = (points.float() + 0.5).unbind(-1)
+        codes = self.frequencies(torch.stack((x / width, y / height), -1)).where((labels != NOT_A_POINT)[..., None], 0)
         tokens = codes + table[labels.long() + 1]
         return torch.cat((tokens, self.not_a_point.weight.expand(len(tokens), 1, -1)), 1)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.sam2.model import Points
+from models.sam2.parts import Points
 from models.sam2.prompt_encoder import BOTTOM_RIGHT, NOT_A_POINT, TOP_LEFT
 
 BOX_NOISE = 0.1  # of a box's sides, by which its corners are off
@@ -122,19 +122,23 @@ def clicks_at(pixels: Tensor, truth: Tensor) -> Points:
     return Points(positions, truth.flatten(1).gather(1, pixels).long())
 
 
+def boxes_around(truth: Tensor) -> Tensor:
+    """(B, 4): the first and last column and row of each object, as left, top, right, bottom."""
+    (left, right), (top, bottom) = ends(truth.any(2)[:, 0]), ends(truth.any(3)[:, 0])
+    return torch.stack((left, top, right, bottom), 1).float()
+
+
 def noisy_boxes(truth: Tensor) -> Points:
     """The corners of a box around each object, each side off by a little; of no object, no points."""
     height, width = truth.shape[-2:]
-    columns, rows = truth.any(2)[:, 0], truth.any(3)[:, 0]
-    left, right = ends(columns)
-    top, bottom = ends(rows)
-    box = torch.stack((left, top, right, bottom), 1).float()
+    box = boxes_around(truth)
     sides = (box[:, 2:] - box[:, :2]).repeat(1, 2)
     noise = (2 * torch.rand_like(box) - 1) * (BOX_NOISE * sides).clamp(max=BOX_NOISE_PIXELS)
-    limits = box.new_tensor([width, height, width, height]) - 1
-    corners = (box + noise).clamp(min=0).minimum(limits).view(-1, 2, 2)
-    labels = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=truth.device)
-    return Points(corners, labels.expand(len(truth), -1).where(columns.any(1, keepdim=True), NOT_A_POINT))
+    x, y = (box + noise).view(-1, 2, 2).unbind(-1)
+    corners = torch.stack((x.clamp(0, width - 1), y.clamp(0, height - 1)), -1)
+    labels = torch.full_like(x, TOP_LEFT, dtype=torch.int64)
+    labels[:, 1] = BOTTOM_RIGHT
+    return Points(corners, labels.where(truth.flatten(1).any(1, keepdim=True), NOT_A_POINT))
 
 
 def ends(line: Tensor) -> tuple[Tensor, Tensor]:

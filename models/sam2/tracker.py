@@ -20,7 +20,7 @@ from torch import Tensor
 from errors import UserError
 from models.sam2.image_encoder import WIDTH
 from models.sam2.memory import POINTERS, Recall, recall
-from models.sam2.model import Features, Points, Sam2, Segmentation, resize
+from models.sam2.parts import Features, Points, Sam2Parts, Segmentation, resize
 from models.sam2.prompt_encoder import BOTTOM_RIGHT, TOP_LEFT
 
 LOGIT_LIMIT = 32.0  # of earlier masks that are given to the decoder again
@@ -80,7 +80,7 @@ class Tracker:
 
     def __init__(
         self,
-        model: Sam2,
+        model: Sam2Parts,
         size: tuple[int, int],
         num_frames: int | None = None,
         keep: int = POINTERS,
@@ -158,7 +158,7 @@ class Tracker:
         """Keep the answer to a prompt, with its memory, until propagation."""
         masks = self._filled(result.masks)
         large = resize(masks, *features.image_size)
-        memory = self.model.remember(features, large, result.scores, binary=True)
+        memory = self.model.remember(features.coarse, large, result.scores, binary=True)
         before = followed.seen(frame)
         reverse = None if before is None else before.reverse
         followed.pending[frame] = Seen(masks, result.scores, result.pointers, memory.bfloat16(), reverse)
@@ -188,6 +188,10 @@ class Tracker:
         for frame, image in frames:
             self._settle()
             yield frame, list(self.objects), self._track(frame, image, reverse)
+
+    def scores(self, frame: int) -> Tensor:
+        """(objects,) in the order of `objects`: above 0 where an object was seen in this frame, which was tracked."""
+        return torch.cat([seen.score[:, 0] for each in self.objects.values() if (seen := each.seen(frame))])
 
     def _settle(self) -> None:
         """Let pending prompts count."""
@@ -220,7 +224,7 @@ class Tracker:
         features = features.expand(len(group))
         result = self.model.segment(conditioned, features, multimask=True)
         large = resize(result.masks, *features.image_size)
-        memory = self.model.remember(features, large, result.scores).bfloat16()
+        memory = self.model.remember(features.coarse, large, result.scores).bfloat16()
         parts = (self._filled(result.masks), result.scores, result.pointers, memory)
         each = zip(*(part.split(1) for part in parts), strict=True)
         for followed, (masks, score, pointer, own) in zip(group, each, strict=True):
@@ -232,7 +236,7 @@ class Tracker:
     def _with_memory(self, features: Features, frame: int, group: list[Followed], reverse: bool) -> Tensor:
         """Features of a frame for objects with the same history."""
         found = self._recall(group[0], frame, reverse)
-        size = len(group)
+        size, device = len(group), features.coarse.device
 
         def gather(part: str, others: tuple[tuple[int, int], ...]) -> Tensor:
             """(objects, frames, ...) of a part of what the objects left in other frames."""
@@ -240,11 +244,11 @@ class Tracker:
             return torch.stack(frames, 1).to(features.coarse.dtype)
 
         return self.model.with_memory(
-            features.expand(size),
+            features.coarse.expand(size, -1, -1, -1),
             gather("memory", found.memories),
-            [moment for _, moment in found.memories],
-            gather("pointer", found.pointers) if found.pointers else features.coarse.new_zeros(size, 0, WIDTH),
-            [away / found.longest for _, away in found.pointers],
+            found.moments(device),
+            gather("pointer", found.pointers) if found.pointers else torch.zeros(size, 0, WIDTH, device=device),
+            found.steps(device),
         )
 
     def _encode(self, frame: int, image: Tensor) -> Features:
@@ -266,8 +270,8 @@ def parse_points(points: Any, labels: Sequence[int], box: Sequence[float] | None
     corners = torch.zeros(0, 2)
     if box is not None:
         left, top, right, bottom = box
-        if not (left < right and top < bottom):
-            raise UserError(f"the box {list(box)} has no area: it needs left, top, right, bottom")
+        if not (left <= right and top <= bottom):
+            raise UserError(f"the box {list(box)} is none: it needs left, top, right, bottom")
         corners = torch.tensor([[left, top], [right, bottom]], dtype=torch.float32)
     positions = torch.cat((corners, positions))
     if not len(positions) or not positions.isfinite().all():

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from models.sam2.memory import recall
-from models.sam2.model import Features, Points, Sam2, Segmentation, mask_logits, resize
+from models.sam2.parts import Features, Points, Sam2Parts, Segmentation, mask_logits, resize
 from models.sam2.prompts import User
 
 Outputs = dict[str, list[Any]]
 
 
-def segment_clips(model: Sam2, images: Tensor, truth: Tensor, clips: Tensor, user: User) -> Outputs:
+def segment_clips(model: Sam2Parts, images: Tensor, truth: Tensor, clips: Tensor, user: User) -> Outputs:
     """
     Args:
         images: (B, T, 3, H, W), normalised.
@@ -39,12 +39,14 @@ def segment_clips(model: Sam2, images: Tensor, truth: Tensor, clips: Tensor, use
             steps, result, large = [], model.adopt(own, masks), mask_logits(masks)
         else:
             points = user.prompt(masks) if t in plan.conditioning else None
-            conditioned = model.without_memory(own) if points else with_past(model, own, t, past, lasting, num_frames)
+            conditioned = (
+                model.without_memory(own) if points else with_past(model, own.coarse, t, past, lasting, num_frames)
+            )
             clicks = user.clicks if t in plan.corrected else 0
             steps = segment_and_correct(model, conditioned, own, masks, points, user, clicks)
             result = steps[-1]
             large = resize(result.masks, *own.image_size)
-        past[t] = Left(model.remember(own, large, result.scores), result.pointers)
+        past[t] = Left(model.remember(own.coarse, large, result.scores), result.pointers)
         outputs["frames"] += [t] * len(steps)
         outputs["candidates"] += [step.candidates for step in steps]
         outputs["ious"] += [step.ious for step in steps]
@@ -60,7 +62,13 @@ class Left(NamedTuple):
 
 
 def segment_and_correct(
-    model: Sam2, conditioned: Tensor, features: Features, truth: Tensor, points: Points | None, user: User, clicks: int
+    model: Sam2Parts,
+    conditioned: Tensor,
+    features: Features,
+    truth: Tensor,
+    points: Points | None,
+    user: User,
+    clicks: int,
 ) -> list[Segmentation]:
     """The masks of a frame, and those after each of so many clicks, with the masks before it as a prompt too."""
     steps = [model.segment(conditioned, features, points, multimask=points is None or len(points) <= 1)]
@@ -73,16 +81,16 @@ def segment_and_correct(
 
 
 def with_past(
-    model: Sam2, features: Features, frame: int, past: dict[int, Left], lasting: set[int], num_frames: int
+    model: Sam2Parts, coarse: Tensor, frame: int, past: dict[int, Left], lasting: set[int], num_frames: int
 ) -> Tensor:
-    """Features of a frame that remembers those that were seen before it."""
+    """Features (N, 256, h, w) of a frame that remembers those that were seen before it."""
     prompted = [other for other in past if other in lasting]
     found = recall(frame, prompted, past.keys() - lasting, num_frames, future=model.training)
     pointers = [past[other].pointers for other, _ in found.pointers]
     return model.with_memory(
-        features,
+        coarse,
         torch.stack([past[other].memories for other, _ in found.memories], 1),
-        [moment for _, moment in found.memories],
+        found.moments(coarse.device),
         torch.stack(pointers, 1),
-        [away / found.longest for _, away in found.pointers],
+        found.steps(coarse.device),
     )
