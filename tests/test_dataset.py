@@ -22,17 +22,20 @@ from dataset import (
     binary_target,
     build_loader,
     collate_binary,
+    collate_instance,
     collate_semantic,
     composition,
+    instance_target,
     normalize,
     semantic_target,
 )
 from errors import UserError
-from readers import BinaryFolders, Cached, DataError, ImageList, semantic_reader
+from readers import BinaryFolders, Cached, DataError, ImageList, instance_reader, semantic_reader
 from samples import Batch, SampleInfo, SampleKey
 from tests.conftest import ROOT, SHARED, needs_shared
 from tests.sets import Numbers, pairs, save
-from transforms import OFFICIAL_BINARY, OFFICIAL_SEMANTIC, Augment
+from tests.test_readers_semantic import coco_set, square
+from transforms import MEAN_COLOR, OFFICIAL_BINARY, OFFICIAL_INSTANCE, OFFICIAL_SEMANTIC, Augment, resize
 
 # --- samplers
 
@@ -316,3 +319,47 @@ def test_semantic_batches_hold_labels_and_in_evaluation_the_originals(tmp_path: 
     (batch,) = build_loader(training, sampler, collate_targets=collate_semantic)
     assert batch.targets.originals == []
     assert batch.targets.labels.shape == (2, 8, 24)
+
+
+def test_instance_batches_hold_all_objects_one_after_the_other(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"category_id": 90, "segmentation": square(2, 2, 6), "bbox": [2, 2, 6, 6]},
+        {"category_id": 1, "segmentation": square(4, 4, 5)},
+        {"category_id": 44, "segmentation": {"size": [10, 20], "counts": [0, 200]}, "iscrowd": 1},
+    ]
+    reader = instance_reader(str(coco_set(tmp_path, rows)))
+    sampler = EvalSampler(2, batch_size=2, size=(20, 40))
+    (batch,) = build_loader(Dataset(reader, make_target=instance_target), sampler, collate_targets=collate_instance)
+    targets = batch.targets
+    assert targets.counts == [2, 0]
+    assert targets.labels.tolist() == [2, 0]  # of 1, 44 and 90
+    assert targets.layer_of.tolist() == [0, 1]
+    assert targets.maps.shape == (2, 2, 20, 40)
+    assert (targets.labels.dtype, targets.maps.dtype) == (torch.int64, torch.int16)
+    expected = torch.tensor([[5 / 20, 5 / 10, 6 / 20, 6 / 10], [6.5 / 20, 6.5 / 10, 5 / 20, 5 / 10]])
+    assert torch.allclose(targets.boxes, expected)
+    assert (targets.maps[0, 0] == 1).nonzero().tolist() == [[y, x] for y in range(4, 16) for x in range(4, 16)]
+    assert (targets.maps[0, 1] == 2).sum() == 100
+    assert targets.maps[1].sum() == 0
+    assert [len(objects.codes) for objects in targets.originals] == [3, 0]
+    assert targets.original_labels == [[2, 0, 1], []]
+    assert batch.to("meta").targets.maps.device.type == "meta"
+    augmented = Dataset(reader, make_target=instance_target, augment=Augment(OFFICIAL_INSTANCE))
+    (batch,) = build_loader(augmented, sampler, collate_targets=collate_instance)
+    assert (batch.targets.originals, batch.targets.original_labels) == ([], [])
+    empty = [instance_target(resize(reader.read(1), (8, 8)), None)] * 2
+    assert collate_instance(empty).boxes.shape == (0, 4)
+
+
+def test_a_padded_input_says_how_much_of_it_the_picture_takes(tmp_path: Path) -> None:
+    reader = instance_reader(str(coco_set(tmp_path, [{"category_id": 1, "segmentation": square(2, 2, 6)}])))
+    padded = Dataset(reader, make_target=instance_target, pad=True)
+    item = padded[SampleKey(0, 0, 0, (40, 40))]
+    assert item.info.content == (0.5, 1.0)
+    assert (item.image[20:] == MEAN_COLOR).all()
+    np.testing.assert_allclose(item.target.boxes, [[5 / 20, 5 / 20, 6 / 20, 6 / 20]])
+    plain = Dataset(reader, make_target=instance_target)[SampleKey(0, 0, 0, (40, 40))]
+    assert plain.info.content in (None, (1.0, 1.0))
+    cached = Cached(reader, size=(40, 40), pad=True, progress=False)
+    training = Dataset(cached, make_target=instance_target, augment=Augment([], pad=True), pad=True)
+    np.testing.assert_array_equal(training[SampleKey(0, 0, 0, (40, 40))].image, item.image)
