@@ -15,7 +15,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from errors import UserError
-from models import create_model, infer_family, infer_settings
+from models import create_model, infer_settings
 from models.rfdetr.attention import sample_maps
 from models.rfdetr.encoder import resample
 from models.rfdetr.masks import OfficialMaskHead
@@ -63,7 +63,8 @@ def randomise(model: Any, seed: int = 0) -> Any:
 
 def loss_of(outputs: dict[str, Tensor]) -> Tensor:
     """Some scalar that every output has a part in."""
-    total = sum(outputs[name].square().mean() for name in ("logits", "boxes", "encoder_logits", "encoder_boxes"))
+    names = ("logits", "boxes", "encoder_logits", "encoder_boxes")
+    total = torch.stack([outputs[name].square().mean() for name in names]).sum()
     if "mask_bias" in outputs:
         for prefix in ("", "encoder_"):
             factors = outputs[f"{prefix}mask_queries"], outputs[f"{prefix}mask_features"]
@@ -132,7 +133,7 @@ def test_names_order_and_shapes(path: Path) -> None:
     assert [(key, tensor.shape, tensor.dtype) for key, tensor in saved.items()] == [
         (key, tensor.shape, tensor.dtype) for key, tensor in theirs.items()
     ]
-    assert infer_family({"model": {f"model.{key}": tensor for key, tensor in theirs.items()}}) == ("rfdetr", settings)
+    assert infer_settings("rfdetr", {"model": {f"model.{key}": tensor for key, tensor in theirs.items()}}) == settings
 
 
 @needs_shared
@@ -408,11 +409,12 @@ def test_deformable_attention_equals_its_definition() -> None:
         return total
 
     for b, q, head in [(0, 0, 0), (1, 2, 1)]:
-        wanted = sum(
+        parts = [
             weights[b, q, head, level, point] * value(b, head, level, *where[b, q, head, level, point].tolist())
             for level in range(2)
             for point in range(points)
-        )
+        ]
+        wanted = torch.stack(parts).sum(0)
         assert torch.allclose(result[b, q].unflatten(0, (heads, -1))[head], wanted)
 
 
