@@ -86,6 +86,7 @@ class InstanceMetric(StreamingMetric):
             if name not in self.higher_is_better:
                 raise UserError(f"the metric {name!r} needs masks, which this model does not predict")
         self._known: list[tuple[list[Row], dict[str, float]]] = []
+        self._ranked: tuple[list[Row], Any] = ([], None)
 
     @staticmethod
     def resolve(names: Sequence[str]) -> list[str]:
@@ -191,7 +192,7 @@ class InstanceMetric(StreamingMetric):
     def means(self, rows: list[Row]) -> dict[str, float]:
         """Every score of some rows together. Raises ValueError without rows."""
         for known, scores in self._known:
-            if len(known) == len(rows) and all(map(operator.is_, known, rows)):
+            if are_same(known, rows):
                 return dict(scores)
         drawn = self.resampled(list(self.higher_is_better), rows, np.ones((1, len(rows))))
         found = {name: values.item() for name, values in drawn.items()}
@@ -202,10 +203,16 @@ class InstanceMetric(StreamingMetric):
         """One of `means`."""
         return self.means(rows)[name]
 
+    def _rank(self, rows: Sequence[Row]) -> Ranking:
+        """The ranking of some rows; the last one is remembered."""
+        if not are_same(self._ranked[0], rows):
+            self._ranked = (list(rows), Ranking.of(rows, self.kinds))
+        return self._ranked[1]
+
     def resampled(self, names: Sequence[str], rows: Sequence[Row], weights: np.ndarray) -> dict[str, np.ndarray]:
         """See `StreamingMetric`; all scores of masks, or of boxes, take the time of one."""
         kinds = [kind for kind in self.kinds if any(name.startswith(kind) for name in names)]
-        together = Ranking.of(rows, self.kinds)
+        together = self._rank(rows)
         classes = [each for _, each in together.by_class()] or [together]
         longest = max(len(each.scores) for each in classes)
         step = max(1, HELD // (math.prod(BITS) * max(longest, len(RECALLS) * len(classes), 1)))
@@ -219,7 +226,7 @@ class InstanceMetric(StreamingMetric):
         `precision` and `recall` are those at `f1_threshold`; NaN where a class has no objects, or nothing is believed.
         """
         once = np.ones((1, len(self.rows)), np.int32)
-        found = dict(Ranking.of(self.rows, self.kinds).by_class())
+        found = dict(self._rank(self.rows).by_class())
         threshold = self.compute()["f1_threshold"]
         rows: list[dict[str, Any]] = []
         for label, name in enumerate(self.class_names):
@@ -236,7 +243,7 @@ class InstanceMetric(StreamingMetric):
     def figures(self) -> dict[str, np.ndarray]:
         """Precision against recall at IoU .5, F1 against the score that is believed, and the AP of classes."""
         kind, once = self.kinds[0], np.ones((1, len(self.rows)), np.int32)
-        ranking = Ranking.of(self.rows, self.kinds)
+        ranking = self._rank(self.rows)
         curves = {label: each.precision_and_recall(kind, once, self.limits)[0][0, 0, IOU_50]
                   for label, each in ranking.by_class() if each.there(once)[0, 0]}  # fmt: skip
         if not curves:
@@ -279,6 +286,11 @@ class InstanceMetric(StreamingMetric):
             precision, recall = (np.stack(parts, -1) for parts in zip(*each, strict=True))
             scores |= {f"{kind}_{name}": values for name, values in coco_scores(precision, recall).items()}
         return scores | together.best_f1(self.kinds[0], weights)
+
+
+def are_same(rows: Sequence[Row], others: Sequence[Row]) -> bool:
+    """Whether both are the very same rows."""
+    return len(rows) == len(others) > 0 and all(map(operator.is_, rows, others))
 
 
 # ---------------------------------------------------------------- training
