@@ -78,7 +78,12 @@ class Model(nn.Module):
         return {name: value.float() if value.is_floating_point() else value for name, value in self(batch).items()}
 
     def export_graphs(self) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, dict[int, str]]]]:
-        """{file name: (module with tensors in and out, example inputs, {tensor name: {axis: axis name}})}."""
+        """{graph: (module with tensors in and out, example inputs, {tensor: {axis: name of an axis of any length}})}.
+
+        Every tensor is named, inputs first, both in the module's order. What is called `images` is given pictures;
+        axes called `height` and `width` are multiples of the stride. In the example an axis of any length is 2 or
+        more long, for what is 1 is taken to be 1 always.
+        """
         raise NotImplementedError
 
     def compile_parts(self) -> dict[str, nn.Module]:

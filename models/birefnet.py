@@ -174,7 +174,7 @@ class BiRefNet(Model):
     def export_graphs(self) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, dict[int, str]]]]:
         """One graph: normalised `images` (B, 3, H, W) → `logits` (B, 1, H, W)."""
         axes = {0: "batch", 2: "height", 3: "width"}
-        return {"birefnet": (Logits(self), (torch.zeros(1, 3, 256, 256),), {"images": axes, "logits": axes})}
+        return {"birefnet": (Logits(self), (torch.zeros(2, 3, 256, 256),), {"images": axes, "logits": axes})}
 
     def official_keys(self) -> KeyTable:
         encoder = [

@@ -157,9 +157,10 @@ class SegFormer(Model):
 
     def official_state_dict(self, layout: str = "huggingface") -> dict[str, Tensor]:
         """This model's weights under the official keys, in the official order; `layout`: "huggingface" or "nvlabs"."""
-        if layout == "nvlabs":
-            return self.save_tensors(nvlabs_keys(self.backbone.official_keys()))
-        return self.save_tensors(self.official_keys())
+        tables = {"huggingface": self.official_keys(), "nvlabs": nvlabs_keys(self.backbone.official_keys())}
+        if layout not in tables:
+            raise UserError(f"there is no layout {layout!r}{nearest(layout, tables)}; known: {', '.join(tables)}")
+        return self.save_tensors(tables[layout])
 
     @staticmethod
     def infer_settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.base import Model
+from models.base import Logits, Model
 
 
 class Block(nn.Module):
@@ -48,3 +49,8 @@ class Toy(Model):
         if self.training:
             outputs["levels"] = [self.coarse(x)]
         return outputs
+
+    def export_graphs(self) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, dict[int, str]]]]:
+        """One graph: normalised `images` (B, 3, H, W) -> `logits` (B, 1, H, W)."""
+        axes = {0: "batch", 2: "height", 3: "width"}
+        return {"toy": (Logits(self), (torch.zeros(2, 3, 64, 64),), {"images": axes, "logits": axes})}
