@@ -121,6 +121,7 @@ def encode_resized(
         content: The shares of the maps' sides that hold the picture, from their top left corner on.
         which: (n,) int64, the maps to encode, in that order; by default all.
     """
+    maps = maps.cpu() if maps.device.type == "mps" else maps  # it has no float64
     which = torch.arange(len(maps)) if which is None else which
     step = max(1, MAP_VALUES // (maps.shape[1] * size[1]))
     codes = []
