@@ -10,6 +10,7 @@ import json
 import os
 import reprlib
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeGuard
@@ -65,27 +66,21 @@ class CocoFile:
 
     def __init__(self, path: Path, *, images: Path | None = None):
         self.path = path
-        self.faults: list[Fault] = []
-        self._folders = _folders(path, images)
-        self._names: set[str] = set()
-        self._absent: list[str] = []
-        self._found: dict[Id, CocoImage | None] = {}  # None where the image cannot be had
-        self._categories: dict[Id, str] = {}
-        self._owners: dict[Id, int] = {}  # images by their ids, numbered as annotations name them
-        self._owner, self._start, self._length = array("q"), array("q"), array("q")
+        listing = _Listing(path, _folders(path, images))
         try:
-            self._scan()
-            self._attach()
+            listing.scan()
+            self._version, self._places = listing.version, listing.sort_places()
+            for image_id, rows in listing.strays():
+                listing.report_stray(self._read(rows[0], rows[0] + 1)[0], image_id, rows[1] - rows[0] - 1)
         except NoObject as error:
             problem = "is no COCO json: it holds no object with images, annotations and categories"
             raise DataError(Fault(str(path), problem)) from error
         except (OSError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(Fault(str(path), f"cannot be read as json ({reason})")) from error
-        self._report_absent()
-        self.categories = dict(sorted(self._categories.items(), key=lambda row: (str(type(row[0])), row[0])))
-        self.images = sorted((image for image in self._found.values() if image), key=lambda image: image.path)
-        del self._names, self._absent, self._found, self._categories, self._owners
+        self.faults = listing.faults
+        self.categories = dict(sorted(listing.categories.items(), key=lambda row: (str(type(row[0])), row[0])))
+        self.images = sorted((image for image in listing.images.values() if image), key=lambda image: image.path)
 
     def annotations(self, image: CocoImage) -> tuple[list[CocoAnnotation], list[Fault]]:
         """The annotations of one image, read from the file, and those that cannot be had."""
@@ -93,7 +88,8 @@ class CocoFile:
         try:
             rows = self._read(*image.rows)
         except OSError as error:
-            return [], [Fault(str(self.path), f"cannot be read any more ({error.strerror or error})")]
+            problem = f"has annotations in {self.path}, which cannot be read any more ({error.strerror or error})"
+            return [], [Fault(image.path, problem)]
         for row in rows:
             number, category, crowd = shown(row.get("id")), row.get("category_id"), bool(row.get("iscrowd", 0))
             if is_id(category) and category in self.categories:
@@ -117,12 +113,26 @@ class CocoFile:
                 rows.append(json.loads(file.read(length)))
         return rows
 
-    def _scan(self) -> None:
+
+class _Listing:
+    """What one pass over a json finds."""
+
+    def __init__(self, path: Path, folders: list[Path]):
+        self.path, self.folders = path, folders
+        self.faults: list[Fault] = []
+        self.categories: dict[Id, str] = {}
+        self.images: dict[Id, CocoImage | None] = {}  # None where the image cannot be had
+        self._names: set[str] = set()  # of images
+        self._absent: list[str] = []  # names of images that are nowhere
+        self._owners: dict[Id, int] = {}  # ids of images, numbered as annotations name them
+        self._owner, self._start, self._length = array("q"), array("q"), array("q")  # of annotations
+
+    def scan(self) -> None:
         """Take in the whole file."""
         take = {"images": self._add_image, "categories": self._add_category, "annotations": self._add_annotation}
         seen: set[str] = set()
         with open(self.path, "rb") as file:
-            self._version = _version(file)
+            self.version = _version(file)
         for element in elements(self.path):
             if element.key not in take:
                 continue
@@ -137,6 +147,7 @@ class CocoFile:
         for key in take:
             if key not in seen:
                 self._report(f"has no list of {key}")
+        self._report_absent()
 
     def _report(self, problem: str) -> None:
         self.faults.append(Fault(str(self.path), problem))
@@ -146,10 +157,10 @@ class CocoFile:
         words = " ".join(name.split()) if isinstance(name, str) else ""
         if not (is_id(number) and words and words.isprintable()):
             self._report(f"a category needs an id and a name, not {shown(number)} and {shown(name)}")
-        elif number in self._categories or words in self._categories.values():
+        elif number in self.categories or words in self.categories.values():
             self._report(f"category {shown(number)} ({words}) has an id or a name that another one has")
         else:
-            self._categories[number] = words
+            self.categories[number] = words
 
     def _add_image(self, element: Element) -> None:
         number, file_name = element.value.get("id"), element.value.get("file_name")
@@ -157,12 +168,12 @@ class CocoFile:
             self._report(f"an image needs an id and a file_name, not {shown(number)} and {shown(file_name)}")
             return
         name = PurePosixPath(file_name).with_suffix("").as_posix() if PurePosixPath(file_name).name else file_name
-        if number in self._found or name in self._names:
+        if number in self.images or name in self._names:
             self._report(f"image {shown(number)} ({shown(file_name)}) has an id or a name that another one has")
             return
         self._names.add(name)
         path = self._locate(file_name)
-        self._found[number] = CocoImage(number, path, name, _size_in(element.value)) if path else None
+        self.images[number] = CocoImage(number, path, name, _size_in(element.value)) if path else None
         if path == "":
             self._absent.append(file_name)
 
@@ -172,7 +183,7 @@ class CocoFile:
         if relative.is_absolute() or ".." in relative.parts:
             self._report(f"the file_name {shown(file_name)} leads out of the images' folder")
             return None
-        for folder in self._folders:
+        for folder in self.folders:
             path = os.path.join(folder, file_name)
             if os.path.isfile(path):
                 if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
@@ -182,8 +193,8 @@ class CocoFile:
         return ""
 
     def _report_absent(self) -> None:
-        looked = f"looked in {', '.join(map(str, self._folders))}; name their folder with data.images"
-        if self._absent and not any(self._found.values()):
+        looked = f"looked in {', '.join(map(str, self.folders))}; name their folder with data.images"
+        if self._absent and not any(self.images.values()):
             self._report(f"none of its {len(self._absent)} images is there ({shown(self._absent[0])} …): {looked}")
             return
         for file_name in self._absent:
@@ -192,31 +203,32 @@ class CocoFile:
     def _add_annotation(self, element: Element) -> None:
         owner = element.value.get("image_id")
         if not is_id(owner):
-            self._report_stray(element.value)
+            self.report_stray(element.value, owner)
             return
         self._owner.append(self._owners.setdefault(owner, len(self._owners)))
         self._start.append(element.start)
         self._length.append(element.length)
 
-    def _report_stray(self, row: dict[str, Any], others: int = 0) -> None:
+    def report_stray(self, row: dict[str, Any], image_id: Any, others: int = 0) -> None:
         more = f"; so are {others} more" if others else ""
-        named = f"annotation {shown(row.get('id'))} is of image {shown(row.get('image_id'))}"
-        self._report(f"{named}, which is not in the file{more}")
+        self._report(f"annotation {shown(row.get('id'))} is of image {shown(image_id)}, which is not in the file{more}")
 
-    def _attach(self) -> None:
-        """Give every image its annotations, wherever in the file they are."""
+    def sort_places(self) -> np.ndarray:
+        """(n, 2) start and length of the annotations in the file, by image; tells the images which are theirs."""
         owner = np.array(self._owner, dtype=np.int64)
         order = np.argsort(owner, kind="stable")
-        self._places = np.stack([np.array(self._start), np.array(self._length)], axis=1).astype(np.int64)[order]
-        bounds = np.searchsorted(owner[order], np.arange(len(self._owners) + 1)).tolist()
-        del self._owner, self._start, self._length
-        for number, position in self._owners.items():
-            rows = bounds[position], bounds[position + 1]
-            image = self._found.get(number)
+        self._bounds = np.searchsorted(owner[order], np.arange(len(self._owners) + 1)).tolist()
+        for image_id, position in self._owners.items():
+            image = self.images.get(image_id)
             if image is not None:
-                image.rows = rows
-            elif number not in self._found:
-                self._report_stray(self._read(rows[0], rows[0] + 1)[0], rows[1] - rows[0] - 1)
+                image.rows = self._bounds[position], self._bounds[position + 1]
+        return np.stack([np.array(self._start), np.array(self._length)], axis=1).astype(np.int64)[order]
+
+    def strays(self) -> Iterator[tuple[Id, tuple[int, int]]]:
+        """The ids of images that only annotations know, each with the rows of its places."""
+        for image_id, position in self._owners.items():
+            if image_id not in self.images:
+                yield image_id, (self._bounds[position], self._bounds[position + 1])
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:

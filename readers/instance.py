@@ -312,17 +312,17 @@ def _box_corners(box: np.ndarray) -> np.ndarray:
     return np.stack([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2]).clip(0, 1)
 
 
+ROW = np.dtype(
+    [("label", "i4"), ("box", "f4", 4), ("area", "f8"), ("crowd", "?"), ("has_mask", "?"), ("length", "i4")]
+)  # of an object, `length` of its code
+
+
 class Checked(NamedTuple):
-    """What the check learned of a sample: its objects in a few bytes."""
+    """What the check learned of a sample: its objects in a few bytes each."""
 
     size: Size
-    labels: np.ndarray  # (n,) int32
-    boxes: np.ndarray  # (n, 4) float32
-    crowd: np.ndarray  # (n,) bool
-    areas: np.ndarray  # (n,) float64
-    has_mask: np.ndarray  # (n,) bool
-    codes: bytes
-    lengths: np.ndarray  # (n,) int32 of each code
+    rows: np.ndarray  # (n,) of `ROW`
+    codes: bytes  # one after the other
 
 
 class InstanceReader(Reader):
@@ -368,12 +368,12 @@ class InstanceReader(Reader):
         return Sample(
             frames=[image],
             masks=Objects(
-                codes=split_codes(checked.codes, checked.lengths, checked.size),
-                boxes=checked.boxes.copy(),
-                crowd=checked.crowd.copy(),
-                areas=checked.areas.copy(),
+                codes=split_codes(checked.codes, checked.rows["length"], checked.size),
+                boxes=checked.rows["box"].copy(),
+                crowd=checked.rows["crowd"].copy(),
+                areas=checked.rows["area"].copy(),
             ),
-            class_ids=checked.labels.tolist(),
+            class_ids=checked.rows["label"].tolist(),
             are_labels=True,
             sample_id=self.sample_id(index),
             path=item.path,
@@ -390,7 +390,7 @@ class InstanceReader(Reader):
             codes = [each.code for each in found if not each.is_crowd]
             if MAX_DEPTH < len(codes) <= MAX_OBJECTS and depth_of(codes, size) > MAX_DEPTH:
                 faults.append(Fault(item.path, f"has more than {MAX_DEPTH} objects over one another"))
-            return (None, faults) if faults else (_checked(found, size), [])
+            return (None, faults) if faults else (_packed(found, size), [])
         if checked.size != size:
             return None, [Fault(item.path, "has changed since it was checked")]
         return checked, []
@@ -433,18 +433,13 @@ class InstanceReader(Reader):
         return self.sources[dataset].weight
 
 
-def _checked(found: list[Found], size: Size) -> Checked:
+def _packed(found: list[Found], size: Size) -> Checked:
     codes = [each.code["counts"] for each in found]
-    return Checked(
-        size=size,
-        labels=np.array([each.label for each in found], np.int32),
-        boxes=np.array([each.box for each in found], np.float32).reshape(-1, 4),
-        crowd=np.array([each.is_crowd for each in found], bool),
-        areas=np.array([each.area for each in found], np.float64),
-        has_mask=np.array([each.has_mask for each in found], bool),
-        codes=b"".join(codes),
-        lengths=np.array([len(code) for code in codes], np.int32),
-    )
+    rows = [
+        (each.label, each.box, each.area, each.is_crowd, each.has_mask, len(code))
+        for each, code in zip(found, codes, strict=True)
+    ]
+    return Checked(size, np.array(rows, ROW), b"".join(codes))
 
 
 def instance_reader(
@@ -495,15 +490,16 @@ def object_table(reader: Reader) -> list[ObjectRow]:
     for index in range(len(reader)):
         whole, position = reader.origin(index)
         assert isinstance(whole, InstanceReader)
-        known = whole.checked(position)
-        for row, chosen in enumerate((~known.crowd, known.crowd, ~known.crowd & ~known.has_mask)):
-            counts[row] += np.bincount(known.labels[chosen], minlength=counts.shape[1])
-    rows = []
+        rows = whole.checked(position).rows
+        crowd = rows["crowd"]
+        for row, chosen in enumerate((~crowd, crowd, ~crowd & ~rows["has_mask"])):
+            counts[row] += np.bincount(rows["label"][chosen], minlength=counts.shape[1])
+    table = []
     sources = whole.sources.values() if isinstance(whole, InstanceReader) else []
     for label, name in enumerate(reader.class_names):
         ids = dict.fromkeys(str(number) for s in sources for number, to in s.labels.items() if to == label)
-        rows.append(ObjectRow(", ".join(ids) or "-", label, name, *counts[:, label].tolist()))
-    return rows
+        table.append(ObjectRow(", ".join(ids) or "-", label, name, *counts[:, label].tolist()))
+    return table
 
 
 def instance_table(reader: Reader) -> str:

@@ -156,7 +156,7 @@ def test_a_json_that_changes_after_it_was_listed_is_not_read(tmp_path: Path) -> 
     path.write_text(path.read_text() + " ")
     assert "changed since it was listed" in problems(reader)
     path.unlink()
-    assert "cannot be read any more" in problems(reader)
+    assert f"{path}, which cannot be read any more" in problems(reader)
 
 
 def test_a_cache_gives_the_same_objects(tmp_path: Path) -> None:
