@@ -36,6 +36,8 @@ class MaskDecoder(nn.Module):
         self.hypernetworks = nn.ModuleList(Mlp(WIDTH, WIDTH, WIDTH // 8, 3) for _ in range(MASKS))
         self.iou_head = Mlp(WIDTH, WIDTH, MASKS, 3)
         self.object_head = Mlp(WIDTH, WIDTH, 1, 3)
+        # Without other weights all objects count as present: the masks of an absent one are constant and learn nothing.
+        nn.init.ones_(self.object_head.layers[-1].bias)  # type: ignore[arg-type]
         # A single mask less stable than this gives way, in evaluation, to the best of the other three.
         self.least_stability = 0.98
 
