@@ -119,6 +119,33 @@ class RFDETRSettings:
 
 
 @dataclass
+class SAM2Settings:
+    """SAM 2.1 (Ravi et al., 2024). The defaults are those of the official fine-tuning but for the smaller size."""
+
+    family: Literal["sam2"] = setting("sam2", "the model family")
+    pretrained: str = setting(
+        "none", "none, backbone, official, a weights file, or hf-hub:owner/name to start from", path="file"
+    )
+    variant: Literal["tiny", "small", "base_plus", "large"] = setting("tiny", "the size")
+    trainable: list[str] = setting(
+        [],
+        "parts to train, none named: all; of image_encoder, prompt_encoder, mask_decoder, memory_attention, "
+        "memory_encoder, object_pointers",
+    )
+    drop_path: float = setting(0.1, "stochastic depth of the image encoder", min=0, max=1)
+    dropout: float = setting(0.1, "dropout in the memory attention", min=0, max=1)
+    point_prompts: float = setting(0.5, "share of training clips prompted with points, not with masks", min=0, max=1)
+    box_prompts: float = setting(0.5, "share of those prompts that are boxes", min=0, max=1)
+    conditioning_frames: int = setting(2, "frames of a training clip that are prompted, at most", min=1)
+    corrected_frames: int = setting(2, "frames of a training clip that are corrected, at most", min=1)
+    correction_clicks: int = setting(7, "clicks on each of those", min=0)
+    true_clicks: float = setting(0.1, "share of those clicks that are anywhere on the object", min=0, max=1)
+    evaluation_prompt: Literal["mask", "click", "box"] = setting(
+        "mask", "what evaluation gives of each object, in the first frame that shows it"
+    )
+
+
+@dataclass
 class DataSettings:
     """What is read and how it is varied."""
 
@@ -197,6 +224,15 @@ class SemanticLossSettings(LossSettings):
         0.7, "ohem: pixels whose class is less probable than this are hard", min=0.01, max=1
     )
     ohem_min_kept: float = setting(0.0625, "ohem: so large a share of the pixels is hard in any case", min=0, max=1)
+
+
+@dataclass
+class VideoLossSettings(LossSettings):
+    """The terms of `video`: focal, dice, iou, object."""
+
+    weights: dict[str, float] = setting(
+        {"focal": 20.0, "dice": 1.0, "iou": 1.0, "object": 1.0}, "weight of each term by name", min=0
+    )
 
 
 @dataclass
@@ -368,6 +404,7 @@ FAMILY_SETTINGS: dict[str, type] = {
     "birefnet": BiRefNetSettings,
     "segformer": SegFormerSettings,
     "rfdetr": RFDETRSettings,
+    "sam2": SAM2Settings,
 }
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "birefnet": {"task": "binary"},
@@ -390,6 +427,15 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "train.max_grad_norm": 0.1,
         "train.ema_decay": 0.993,
     },
+    "sam2": {
+        "task": "video",
+        "optimizer.lr": 5e-6,
+        "optimizer.weight_decay": 0.1,
+        "optimizer.backbone_lr_scale": 0.6,
+        "optimizer.layer_decay": 0.9,
+        "scheduler.min_factor": 0.1,
+        "train.max_grad_norm": 0.1,
+    },
 }
 
 # The loss section of each task.
@@ -397,6 +443,7 @@ TASK_SETTINGS: dict[str, type[LossSettings]] = {
     "binary": BinaryLossSettings,
     "semantic": SemanticLossSettings,
     "instance": InstanceLossSettings,
+    "video": VideoLossSettings,
 }
 
 
@@ -410,7 +457,7 @@ class Config:
         "", "true: continue the run; auto: only if there is one; or a checkpoint", path="file?", transient=True
     )
     overwrite: bool = setting(False, "replace an existing run of this name", transient=True)
-    task: Literal["binary", "semantic", "instance"] = setting(
+    task: Literal["binary", "semantic", "instance", "video"] = setting(
         "binary", "what is segmented; the default is the family's own"
     )
     seed: int = setting(7, "seed of everything random", min=0)

@@ -29,6 +29,7 @@ FAMILIES: dict[str, Family] = {
         {"semantic": "semantic_loss.SemanticCriterion", "binary": "loss.BinaryCriterion"},
     ),
     "rfdetr": Family("models.rfdetr.model.RFDETR", {"instance": "instance_loss.InstanceCriterion"}),
+    "sam2": Family("models.sam2.model.Sam2", {"video": "video_loss.VideoCriterion"}),
 }
 
 
