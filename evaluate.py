@@ -219,7 +219,7 @@ def score_masks(path: str, options: EvaluateSettings, config: Config, world: Wor
 def score_results(path: str, options: EvaluateSettings, config: Config, world: World) -> Result:
     """Score COCO results against the annotations of `--ground_truth`; each rank takes its share of the images."""
     results = CocoResults(Path(path), Path(options.ground_truth))
-    fail_on(results.faults)
+    fail_on(results.faults, "mend them")
     metric = InstanceMetric(
         metric_names(get_task("instance"), config, options),
         class_names=results.class_names,

@@ -29,7 +29,7 @@ def in_threads(work: Callable[[int], T], count: int, workers: int) -> Iterator[T
             yield from pool.map(work, range(first, min(first + 8 * workers, count)))
 
 
-def fail_on(faults: Sequence[Fault]) -> None:
+def fail_on(faults: Sequence[Fault], way_out: str = "mend them or set data.on_error: skip") -> None:
     """Raise one `UserError` that lists the faults (the first 50 of them), if there are any."""
     if not faults:
         return
@@ -37,7 +37,7 @@ def fail_on(faults: Sequence[Fault]) -> None:
     if len(faults) > 50:
         lines.append(f"  … and {len(faults) - 50} more")
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    raise UserError("\n".join([f"{count} in the data; mend them or set data.on_error: skip", *lines]))
+    raise UserError("\n".join([f"{count} in the data; {way_out}", *lines]))
 
 
 def drop(reader: Reader, faults: Sequence[Fault]) -> tuple[Reader, int]:
