@@ -138,6 +138,7 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
         workers=loading_workers(data.num_workers, world.size),
         persistent=True,
         pin=world.device.type == "cuda",
+        timeout=60 * config.distributed.timeout_minutes,
     )
     return train_loader, None if validation is None else build_eval_loader(validation, task, config, world)
 
@@ -166,6 +167,7 @@ def build_eval_loader(reader: Reader, task: Task, config: Config, world: World) 
         statistics=config.data.normalize,
         workers=loading_workers(config.data.num_workers, world.size),
         pin=world.device.type == "cuda",
+        timeout=60 * config.distributed.timeout_minutes,
     )
 
 
@@ -300,10 +302,14 @@ def model_settings(config: Config) -> dict[str, Any]:
 
 
 def build_criterion(config: Config, task: Task, reader: Reader) -> Any:
-    """The criterion of the family and task; what the loss section says about time is the loop's business."""
+    """The criterion of the family and task."""
+    return create_criterion(config.model.family, config.task, **loss_settings(config, task, reader))
+
+
+def loss_settings(config: Config, task: Task, reader: Reader) -> dict[str, Any]:
+    """The criterion's keyword arguments; what the loss section says about time is the loop's business."""
     settings = {key: value for key, value in asdict(config.loss).items() if not key.startswith("last_epochs")}
-    arguments = task.loss_settings(settings, reader, model_settings(config))
-    return create_criterion(config.model.family, config.task, **arguments)
+    return task.loss_settings(settings, reader, model_settings(config))
 
 
 def build_optimizer_for(config: Config, model: Any) -> torch.optim.Optimizer:

@@ -131,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON mapping, or {} where there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -145,6 +145,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         self.last, self.previous, self.best = path / "last.pth", path / "previous.pth", path / "best.pth"
+        self.overwriting = path / ".overwriting"  # there as long as the run that is to be replaced is, too
 
     def save(self, payload: dict[str, Any]) -> None:
         """Save as `last.pth`; what was last stays as `previous.pth`, so one flipped bit costs one save."""
@@ -178,6 +179,14 @@ class RunFolder:
         found = [(int(m[1]), file) for file in self.path.iterdir() if (m := pattern.fullmatch(file.name))]
         return sorted(found)
 
+    def note_pieces(self, rank: int, pieces: int) -> None:
+        """Let all ranks take their micro-batches in so many pieces when the run is started again."""
+        write_text(self.path / f"pieces_{rank}.txt", f"{pieces}\n")
+
+    def noted_pieces(self) -> int:
+        """The most pieces that any rank noted down."""
+        return max((int(file.read_text()) for file in self.path.glob("pieces_*.txt")), default=1)
+
     def sweep(self) -> int:
         """Remove temporaries that a kill left behind; returns how many."""
         stale = [*self.path.glob(f"*{TEMPORARY}"), self.path / "next.pth"]
@@ -199,8 +208,9 @@ class RunFolder:
         for item in self.path.iterdir():
             if item.is_dir() and not item.is_symlink() and item.name in RUN_FOLDERS:
                 shutil.rmtree(item)
-            elif item.suffix == ".pth" or item.name in RUN_FILES:
+            elif item.suffix == ".pth" or item.name in RUN_FILES or re.fullmatch(r"pieces_\d+\.txt", item.name):
                 item.unlink()
+        self.overwriting.unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:
         """Whether there is anything to resume from, intact or not."""
@@ -273,19 +283,22 @@ def load_weights(path: Path) -> dict[str, Any]:
             return load_file(path)
         except Exception as error:
             raise CheckpointError(f"{path} is no readable safetensors file: {error}") from None
-    with open(path, "rb") as file:
-        file.seek(-min(TRAILER, os.fstat(file.fileno()).st_size), os.SEEK_END)
-        is_ours = file.read(len(MARK)) == MARK
-    if is_ours:
-        return load(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            file.seek(-min(TRAILER, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            is_ours = file.read(len(MARK)) == MARK
+    except OSError as error:
+        raise CheckpointError(f"cannot read the weights {path}: {error.strerror}") from None
+    try:
+        content = load(path) if is_ours else torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"{path} cannot be read as plain weights (nothing in it was run): {reason}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
-    if "format" in content and "meta" in content:
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of weights by name")
+    if not is_ours and "format" in content and "meta" in content:
         raise CheckpointError(f"{path} is damaged: the digest at its end is gone")
     return content
 
@@ -314,13 +327,12 @@ def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
     content = load_weights(file)
     if "meta" in content and "model" in content:
         meta = content["meta"]
-        model = create_model(meta["family"], **meta["settings"])
         try:
+            model = create_model(meta["family"], **meta["settings"])
             model.load_state_dict(content.get("ema") or content["model"])
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{file} does not fit its own settings: {' '.join(str(error).split())[:300]}"
-            ) from None
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{file} does not fit its own settings: {reason}") from None
     else:
         family, settings = infer_family(content)
         model = create_model(family, **settings)
@@ -353,6 +365,7 @@ class RunState:
     warned_norm: bool = False
     meter: dict[str, Any] = field(default_factory=dict)
     composition: dict[str, int] = field(default_factory=dict)
+    pieces: int = 1  # that each micro-batch is taken in, since memory ran out
     records: int = 0
     validated_step: int = -1
     best: float | None = None

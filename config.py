@@ -181,7 +181,8 @@ def convert(value: Any, hint: Any) -> Any:
     if hint is str:
         if isinstance(value, (dict, list)):
             raise ValueError
-        return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        return _refuse() if "\0" in text else text  # no path may hold one
     raise TypeError(f"no conversion for {hint}")
 
 
@@ -215,7 +216,7 @@ def check_value(key: Key, value: Any, source: str) -> Any:
     shown = "***" if key.metadata.get("secret") or key.path.startswith("tracking.") else repr(value)
     try:
         result = convert(value, key.hint)
-    except (ValueError, TypeError, yaml.YAMLError):
+    except (ValueError, TypeError, OverflowError, RecursionError, yaml.YAMLError):
         options = get_args(key.hint) if get_origin(key.hint) is Literal else ()
         raise UserError(
             f"{key.path} (from {source}) is {shown}, but must be {describe(key.hint)}"
@@ -266,7 +267,9 @@ def read_yaml(path: Path) -> dict:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path} is not a configuration: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter for dates, numbers and characters that cannot be
         # Not the offending line itself: it may hold a key.
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
         raise UserError(f"{path} is not valid YAML{f', line {mark.line + 1}' if mark else ''}: {problem}") from None

@@ -13,11 +13,14 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_all_start_methods
+from multiprocessing.queues import Queue
 from typing import Any
 
 import cv2
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from errors import UserError
+from errors import NO_SHARED_MEMORY, UserError
 from readers import Reader
 from samples import (
     Batch,
@@ -292,8 +295,11 @@ def build_loader(
     persistent: bool = False,
     pin: bool = False,
     prefetch: int = 2,
+    timeout: float = 0,
 ) -> DataLoader[Batch]:
     """A loader of `Batch` over a batch sampler, normalised by `statistics`; nothing else changes a byte of any batch.
+
+    A worker may be silent for `timeout` seconds, 0 for ever, before the loader raises.
 
     Workers are forked where the system can: they inherit the cache's mapping, and decoding needs no clean start.
     """
@@ -306,6 +312,7 @@ def build_loader(
         persistent_workers=persistent and workers > 0,
         prefetch_factor=prefetch if workers > 0 else None,
         pin_memory=pin,
+        timeout=timeout if workers > 0 else 0,
         worker_init_fn=_start_worker,
         multiprocessing_context="fork" if forks else None,
         generator=torch.Generator(),  # its own, or every pass over the loader would move the global stream
@@ -318,12 +325,22 @@ def _start_worker(worker: int) -> None:
     Launchers signal whole process groups; a worker that died of it would make the loop fail where it means to save.
     """
     cv2.setNumThreads(0)
+    Queue._on_queue_feeder_error = staticmethod(_end_of_failure)  # type: ignore[attr-defined]
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's own handler stays
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_of_failure(error: Exception, item: Any) -> None:
+    """Exit when a batch cannot be handed over. By itself a worker only says so, and the loop waits for ever."""
+    if "shared memory" in str(error):
+        os._exit(NO_SHARED_MEMORY)
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _end_when_told_by(process: int) -> None:

@@ -52,6 +52,10 @@ from utils import Precision, World, choose_precision, join_world, leave_world
 from writers import JsonList
 
 
+class Interrupted(Exception):
+    """An evaluation that was asked to stop before its end."""
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -64,16 +68,17 @@ def evaluate(
     progress: bool = True,
     gallery: Gallery | None = None,
     listen: Callable[[dict[str, Any], Batch], None] | None = None,
+    stops: Callable[[], bool] | None = None,
 ) -> Any:
     """Score `model` on a loader whose sampler deals whole batches to the ranks; every sample counts once.
 
     The metric's rows are those of all ranks afterwards; a `gallery` keeps the results worth looking at, and `listen`
     hears of all of this rank. `tta` are the scales that predictions are averaged over. The model is left in evaluation
-    mode.
+    mode. Raises `Interrupted` on all ranks when `stops`, asked after every batch, said so on one of them.
     """
     model.eval()
     bar = tqdm(loader, desc="validation", leave=False, disable=not progress or not world.is_main_process)
-    total = 0.0
+    total, stopped = 0.0, False
     for batch in bar:
         batch = batch.to(world.device)
         with precision.autocast():
@@ -86,6 +91,12 @@ def evaluate(
             listen(predictions, batch)
         total += sum(row.scores[metric.primary] for row in rows)
         bar.set_postfix({metric.primary: f"{total / len(metric.rows):.3f}"}, refresh=False)
+        if stops and stops():
+            stopped = True
+            break
+    if stops and any(world.gather(stopped)):
+        bar.close()
+        raise Interrupted
     metric.reduce()
     return metric
 

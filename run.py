@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from build import (
@@ -37,6 +37,7 @@ from config import Config, as_dict, changed, differences, from_dict, read_yaml, 
 from errors import UserError
 from optim import Schedule
 from report import Report
+from samples import Batch
 from tasks import Task
 from timing import StepClock
 from trackers import build_trackers
@@ -51,8 +52,26 @@ from utils import (
     choose_precision,
     drop_path_rate,
     environment,
+    restarts,
     seed_everything,
 )
+
+
+@dataclass
+class TakenStep:
+    """What a step was made of on this rank, kept until it is known to have been good."""
+
+    batches: list[Batch]
+    counts: dict[str, Tensor]
+    names: list[str]
+    values: Tensor  # (K,) the rank's own share of loss and scores
+    totals: Tensor | None = None  # (K,) of all ranks
+
+    @property
+    def is_anothers(self) -> bool:
+        """Whether a loss was not finite on another rank alone."""
+        place = self.names.index("loss")
+        return bool(self.values[place].isfinite()) and self.totals is not None and not self.totals[place].isfinite()
 
 
 @dataclass
@@ -86,6 +105,8 @@ class Run:
     clock: StepClock
     is_fine_tuned: bool = False  # whether training starts from a trained model, to be measured first
     stopping: bool = False
+    last_step: TakenStep | None = None
+    looked_for_unused: bool = False  # parameters
     hint: str = ""  # what the last printed line found wasteful
     hinted: set[str] = field(default_factory=set)
     early_events: list[Event] = field(default_factory=list)  # of the time before anyone listens
@@ -127,12 +148,28 @@ def name_the_run(config: Config, world: World) -> None:
     """Without a name a run is called `<family>_<dataset>_<time>`."""
     if not config.experiment_name:
         dataset = "demo" if config.is_demo else Path((config.data.train or config.data.root).split("+")[0]).name
-        name = f"{config.model.family}_{re.sub(r'[^-+.=@A-Za-z0-9_]', '-', dataset)}_{time.strftime('%Y%m%d-%H%M%S')}"
+        prefix = f"{config.model.family}_{re.sub(r'[^-+.=@A-Za-z0-9_]', '-', dataset)}_"
+        earlier = sorted(Path(config.output_dir).glob(prefix + "[0-9]*-[0-9]*")) if restarts() != "0" else []
+        name = earlier[-1].name if earlier else prefix + time.strftime("%Y%m%d-%H%M%S")
         config.experiment_name = str(world.agree(name))
+
+
+def go_on_after_restart(config: Config, folder: RunFolder, world: World) -> None:
+    """torchrun repeats the words of the first start, which may say `--overwrite`; what is meant is to go on.
+
+    But for what had failed before the old run was replaced: the folder then still holds that, and a mark.
+    """
+    if restarts() == "0" or not world.agree(folder.exists()) or world.agree(folder.overwriting.exists()):
+        return
+    if config.resume in ("", "true") or world.agree(folder.has_checkpoint()):
+        config.resume = "auto"
+    else:  # a start from another run's file
+        config.overwrite = True
 
 
 def is_resumed(config: Config, folder: RunFolder, world: World) -> bool:
     """Whether the run goes on with what is in its folder; raises `UserError` where a run of this name is in the way."""
+    go_on_after_restart(config, folder, world)
     there = bool(world.agree(folder.exists()))
     is_own = bool(config.resume) and Path(config.resume).resolve().parent == folder.path.resolve()
     resumed = there and (config.resume in ("true", "auto") or is_own)
@@ -302,12 +339,17 @@ def wrap_model(run: Run) -> nn.Module:
         return run.raw_model
     # DDP rebuilds its buckets after the first iteration, and with three ranks and more another bucket is another
     # order of summation: only without the rebuilding does a resumed run sum as the unbroken one did.
-    exact = run.config.distributed.exact_resume and run.world.size > 2
+    exact = finds_unused(run)
     devices = [run.world.device.index] if run.world.device.type == "cuda" else None
     known = signature(DistributedDataParallel).parameters  # newer versions of torch renamed the switch
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     own_buffers: dict[str, Any] = {switch: False}
     return DistributedDataParallel(run.raw_model, device_ids=devices, find_unused_parameters=exact, **own_buffers)
+
+
+def finds_unused(run: Run) -> bool:
+    """Whether DDP looks for parameters without a gradient in every step."""
+    return run.config.distributed.exact_resume and run.world.size > 2
 
 
 def best_metric(config: Config, task: Task) -> str:
@@ -328,6 +370,13 @@ def best_metric(config: Config, task: Task) -> str:
 
 def restore(run: Run, resumed: bool) -> None:
     """Put a resumed run where it stopped; a path in `resume` starts from that file."""
+    find_place(run, resumed)
+    if resumed:
+        run.state.pieces = max(run.state.pieces, run.folder.noted_pieces())
+
+
+def find_place(run: Run, resumed: bool) -> None:
+    """The newest intact checkpoint, or the file named, or the beginning."""
     wanted = run.config.resume
     if resumed and wanted in ("true", "auto"):
         found = run.folder.newest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,6 +76,9 @@ class Targets(Protocol):
 
     def pin_memory(self) -> Any: ...
 
+    def part(self, start: int, stop: int) -> Any:
+        """The targets of the samples from `start` to before `stop`."""
+
 
 @dataclass
 class BinaryTarget:
@@ -94,6 +98,9 @@ class BinaryTarget:
 
     def pin_memory(self) -> BinaryTarget:
         return replace(self, masks=self.masks.pin_memory(), class_ids=self.class_ids.pin_memory())
+
+    def part(self, start: int, stop: int) -> BinaryTarget:
+        return BinaryTarget(self.masks[start:stop], self.class_ids[start:stop], self.originals[start:stop])
 
 
 @dataclass
@@ -116,6 +123,9 @@ class SemanticTarget:
 
     def pin_memory(self) -> SemanticTarget:
         return self._each(lambda labels: labels.pin_memory())
+
+    def part(self, start: int, stop: int) -> SemanticTarget:
+        return replace(self._each(lambda labels: labels[start:stop]), originals=self.originals[start:stop])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> SemanticTarget:
         blended = None if self.blended is None else change(self.blended)
@@ -145,6 +155,18 @@ class InstanceTarget:
     def pin_memory(self) -> InstanceTarget:
         return self._each(lambda tensor: tensor.pin_memory())
 
+    def part(self, start: int, stop: int) -> InstanceTarget:
+        first, last = sum(self.counts[:start]), sum(self.counts[:stop])
+        return InstanceTarget(
+            counts=self.counts[start:stop],
+            labels=self.labels[first:last],
+            boxes=self.boxes[first:last],
+            maps=self.maps[start:stop],
+            layer_of=self.layer_of[first:last],
+            originals=self.originals[start:stop],
+            original_labels=self.original_labels[start:stop],
+        )
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> InstanceTarget:
         return replace(
             self,
@@ -170,6 +192,16 @@ class Batch:
     def pin_memory(self) -> Batch:
         targets = None if self.targets is None else self.targets.pin_memory()
         return replace(self, images=self.images.pin_memory(), targets=targets)
+
+    def split(self, pieces: int) -> list[Batch]:
+        """The samples in order as so many batches of nearly equal size, at most one for each sample."""
+        count = len(self.samples)
+        ends = [count * piece // min(pieces, count) for piece in range(min(pieces, count) + 1)]
+        return [self] if len(ends) == 2 else [self._part(*part) for part in pairwise(ends)]
+
+    def _part(self, start: int, stop: int) -> Batch:
+        targets = None if self.targets is None else self.targets.part(start, stop)
+        return Batch(self.images[start:stop], targets, self.samples[start:stop])
 
     @classmethod
     def from_images(cls, images: Tensor) -> Batch:

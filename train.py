@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import sys
 
+import doctor
 from config import answer_at_once
-from errors import UserError, run_command
+from errors import STOPPED, TryAgain, UserError, is_out_of_memory, run_command
 
 ACTIONS = {
     "print_config": "print the resolved configuration and stop",
@@ -25,6 +26,8 @@ ACTIONS = {
     "dry_run": "build everything, run one step, print what it takes, and stop",
     "find_lr": "try rising learning rates, draw the loss over them, suggest one, and stop",
     "profile": "record some steps, write a trace and the operators that take longest, and stop",
+    "replay FILE": "take a step again that had no finite loss or gradient (bad_step_N.pth), and stop",
+    "doctor": "print the versions and what is wrong with this installation, to paste into a report, and stop",
     "version": "print the versions of what this runs on, and stop",
     "debug": "show the traceback of a user error",
     "help": "this page",
@@ -32,6 +35,8 @@ ACTIONS = {
 
 if __name__ == "__main__":
     answer_at_once("train.py [--experiment_name NAME] [--config FILE ...] [settings]", ACTIONS)
+    if "--doctor" in sys.argv:  # before anything is imported that may be what is broken
+        sys.exit(doctor.command())
 
 import math
 import tempfile
@@ -43,20 +48,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+import bad_steps
 import series
-from build import model_settings
+from build import loss_settings, model_settings
 from checkpoint import RunFolder, RunLock, write_text
 from commands import check_data, create_config, dry_run, find_lr, preview, profile, version
 from config import Config, as_dict, secret_values, take_values, to_yaml
 from config import load as load_config
 from dataset import composition
-from evaluate import evaluate
+from evaluate import Interrupted, evaluate
 from gallery import Gallery
 from optim import guarded_step
-from run import Run, build_run, is_resumed, name_the_run, publish
+from run import Run, TakenStep, build_run, finds_unused, is_resumed, name_the_run, publish
 from samples import Batch, Sample
 from settings import TrackingSettings
 from tasks import Scored, get_task
@@ -64,7 +70,9 @@ from timing import hint_about
 from tracking import Callback, Log, StepRecord, ValidationRecord
 from utils import (
     Meter,
+    RollCall,
     World,
+    freeze_norm_statistics,
     gradient_norm,
     is_better,
     join_world,
@@ -87,17 +95,22 @@ def main(config: Config, callbacks: list[Callback] | None = None) -> dict[str, f
     With `seeds` or `data.fold: all` one run follows the other; what comes back are the means of their best validations,
     on rank 0, or nothing when a signal ended the series.
     """
+    return train_all(config, callbacks or [])[1]
+
+
+def train_all(config: Config, callbacks: list[Callback]) -> tuple[str, dict[str, float]]:
+    """The run, or the series of runs: (how it ended, the metrics that `main` returns)."""
     world = join_world(config.device, config.distributed.timeout_minutes)
     try:
         runs = series.members(config)
         if not runs:
-            return train_one(config, world, callbacks or [])[1]
+            return train_one(config, world, callbacks)
         for member in runs:
-            status, _ = train_one(member, world, callbacks or [])
+            status, _ = train_one(member, world, callbacks)
             if status not in ("finished", "stopped early"):
-                return {}
+                return status, {}
         log = Log(secret_values(config), config.logging.color)
-        return series.conclude(config, runs, log) if world.is_main_process else {}
+        return "finished", series.conclude(config, runs, log) if world.is_main_process else {}
     finally:
         leave_world()
 
@@ -108,10 +121,13 @@ def train_one(config: Config, world: World, callbacks: list[Callback]) -> tuple[
     name_the_run(config, world)
     folder = RunFolder(Path(config.output_dir) / config.experiment_name)
     log = Log(secret_values(config), config.logging.color, quiet=not world.is_main_process)
+    roll_call = RollCall(world)
     with ExitStack() as at_the_end:
         resumed = is_resumed(config, folder, world)
         if world.is_main_process:
             at_the_end.callback(RunLock(folder.path).release)
+            if folder.exists() and not resumed:
+                folder.overwriting.touch()
         at_the_end.callback(log.close)
         run = build_run(config, world, task, folder, log, resumed, callbacks)
         at_the_end.callback(run.stop.restore)
@@ -120,13 +136,17 @@ def train_one(config: Config, world: World, callbacks: list[Callback]) -> tuple[
             status, metrics = train(run)
             return status, metrics
         except BaseException as error:
-            run.note("end", f"the run ended with {type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            blame = roll_call.end(error, log.redact(reason))
+            run.note("end", f"the run ended: {blame}" if blame else f"the run ended with {reason}")
+            if blame:
+                raise UserError(blame) from error
             raise
         finally:
-            if world.is_main_process:
-                write_text(folder.path / "status.txt", status + "\n")
             for callback in run.callbacks:
                 callback.on_run_end(status)
+            if world.is_main_process:
+                write_text(folder.path / "status.txt", status + "\n")
 
 
 def train(run: Run) -> tuple[str, dict[str, float]]:
@@ -136,12 +156,11 @@ def train(run: Run) -> tuple[str, dict[str, float]]:
     if run.is_fine_tuned and not state.step:
         metrics = measure_base(run)
     elif config.train.resume_start_with_eval and (state.step or config.resume or config.model.pretrained != "none"):
-        metrics = score(run)[0].compute()
-        run.log.say("validation before the first step: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        metrics = score_before_the_first_step(run)
     if state.step and not is_epoch_over(run) and is_validation_due(run):  # a signal came between step and validation
         metrics = validate(run)
         save(run)
-    status = "stopped early" if is_out_of_patience(run) else "finished"
+    status = how_it_was_stopped(run) if run.stopping else "stopped early" if is_out_of_patience(run) else "finished"
     run.clock.restart()
     run.last_line = (time.monotonic(), state.step)
     run.bar = tqdm(total=run.epochs, initial=state.epoch, desc="epochs", disable=not show_progress(run))
@@ -156,17 +175,17 @@ def train(run: Run) -> tuple[str, dict[str, float]]:
                 break
             if is_validation_due(run):
                 metrics = validate(run)
-                save(run)
-                if is_out_of_patience(run):
+                if run.stopping or is_out_of_patience(run):
                     break
+                save(run)
             elif is_time_to_save(run):
                 save(run)
+        if not run.stopping and is_validation_due(run):
+            metrics = validate(run)
         if run.stopping:
-            status = f"stopped by {run.stop.name or 'a signal to another rank'}"
+            status = how_it_was_stopped(run)
             save(run)
             break
-        if is_validation_due(run):
-            metrics = validate(run)
         if is_out_of_patience(run):
             status = "stopped early"
         if is_epoch_over(run):
@@ -180,6 +199,10 @@ def train(run: Run) -> tuple[str, dict[str, float]]:
     return status, metrics
 
 
+def how_it_was_stopped(run: Run) -> str:
+    return f"stopped by {run.stop.name or 'a signal to another rank'}"
+
+
 # ---------------------------------------------------------------- one epoch, one step
 
 
@@ -187,21 +210,25 @@ def begin_epoch(run: Run) -> None:
     """Modes, loss weights and drop path are functions of the epoch alone, so a resume finds them again."""
     config, epoch = run.config, run.state.epoch
     train_mode(run)
-    in_last = bool(config.loss.last_epochs) and epoch >= run.epochs - config.loss.last_epochs
-    run.criterion.set_phase(config.loss.last_epochs_factors if in_last else {})
+    run.criterion.set_phase(phase_factors(run))
     if config.train.drop_path_schedule == "linear":
         run.raw_model.set_drop_path(run.drop_path * min(1.0, epoch / max(1, run.epochs - 1)))
     run.train_loader.batch_sampler.set_epoch(epoch)
     run.train_loader.batch_sampler.set_start(run.state.micro_step)
 
 
+def phase_factors(run: Run) -> dict[str, float]:
+    """The factors of the loss terms in this epoch."""
+    loss = run.config.loss
+    in_last = bool(loss.last_epochs) and run.state.epoch >= run.epochs - loss.last_epochs
+    return loss.last_epochs_factors if in_last else {}
+
+
 def train_mode(run: Run) -> None:
     """Training mode, but for batch norm where its statistics are to stay."""
     run.model.train()
     if run.config.train.freeze_bn:
-        for module in run.raw_model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        freeze_norm_statistics(run.raw_model)
 
 
 def epoch_steps(run: Run) -> Iterator[list[Batch]]:
@@ -226,6 +253,99 @@ def train_step(run: Run, micro_batches: list[Batch]) -> None:
     state, world = run.state, run.world
     kept = [buffer.clone() for buffer in norm_statistics(run.raw_model)]
     counts = total_counts(run, micro_batches)
+    taken = gradients_that_fit(run, micro_batches, counts, kept)
+    name_unused(run)
+    names, values = taken.names, world.sum_(taken.values.clone())
+    taken.totals = values
+    run.scaler.unscale_(run.optimizer)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    norm = gradient_norm(parameters)
+    if run.config.train.max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.train.max_grad_norm, norm)
+    bad = (~torch.isfinite(norm + values[names.index("loss")])).float()
+    settle(run)
+    run.last_step = taken
+    run.schedule.set(state.applied)
+    guarded_step(run.optimizer, bad)
+    if run.scaler.is_enabled():
+        run.scaler.update()
+    restore_statistics(run, kept, bad)
+    sync_buffers(run.raw_model, world)
+    if run.ema:
+        run.ema.update(run.raw_model, 1 - bad)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.meter.add([*names, "grad_norm"], torch.cat([values, norm.reshape(1).to(values)]))
+    run.flags.put(torch.stack([bad, values[names.index("stop")], norm.to(bad)]))
+    state.step += 1
+    state.micro_step += len(micro_batches)
+
+
+def gradients_that_fit(
+    run: Run, micro_batches: list[Batch], counts: dict[str, Tensor], kept: list[Tensor]
+) -> TakenStep:
+    """The gradients of a step, from pieces of its micro-batches where memory does not suffice for a whole one."""
+    while True:
+        pieces = [piece for batch in micro_batches for piece in batch.split(run.state.pieces)]
+        try:
+            return TakenStep(pieces, counts, *add_gradients(run, pieces, counts))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            halve_pieces(run, error)
+        # Only here is the graph let go that the exception held.
+        run.optimizer.zero_grad(set_to_none=True)
+        restore_statistics(run, kept, torch.ones((), device=run.world.device))
+        if run.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def halve_pieces(run: Run, error: BaseException) -> None:
+    """Memory ran out: take micro-batches in twice as many pieces from now on; the effective batch stays.
+
+    One of several ranks cannot repeat a step alone, and the others wait for it: it notes the pieces down for all and
+    ends the run, which goes on with them when it is started again. Raises `UserError` for pieces of one sample.
+    """
+    batch_size, pieces = run.config.train.batch_size, 2 * run.state.pieces
+    where = f"memory ran out in step {run.state.step + 1}"
+    if run.state.pieces >= batch_size:
+        raise UserError(
+            f"{where} with a single sample: lower data.size, or set train.activation_checkpointing"
+        ) from error
+    if run.world.size > 1:
+        run.folder.note_pieces(run.world.rank, pieces)
+        raise TryAgain(
+            f"{where} on rank {run.world.rank}: start the run again with --resume (torchrun --max_restarts does), and "
+            f"its micro-batches of {batch_size} are taken in {pieces} pieces"
+        ) from error
+    run.state.pieces = pieces
+    run.note("warning", f"{where}: micro-batches of {batch_size} are taken in {pieces} pieces from now on; the "
+                        "effective batch stays")  # fmt: skip
+
+
+def name_unused(run: Run) -> None:
+    """Once: name the parameters that no gradient reaches. DDP would fail on them a step later, and give numbers."""
+    if run.looked_for_unused:
+        return
+    run.looked_for_unused = True
+    unused = [name for name, p in run.raw_model.named_parameters() if p.requires_grad and p.grad is None]
+    if not unused:
+        return
+    named = ", ".join(unused[:5]) + (" …" if len(unused) > 5 else "")
+    said = f"no gradient reaches {len(unused)} parameters ({named}): leave them out with --optimizer.freeze"
+    if run.world.size > 1 and not finds_unused(run):
+        raise UserError(said)
+    run.note("hint", said)
+
+
+def restore_statistics(run: Run, kept: list[Tensor], bad: Tensor) -> None:
+    """Where `bad` (0-dim) is set, take back what a forward pass did to batch-norm statistics."""
+    for buffer, before in zip(norm_statistics(run.raw_model), kept, strict=True):
+        buffer.copy_(torch.where(bad > 0, before, buffer))
+
+
+def add_gradients(run: Run, micro_batches: list[Batch], counts: dict[str, Tensor]) -> tuple[list[str], Tensor]:
+    """Forward and backward of every micro-batch: (names, values) of loss and scores, summed over them."""
+    state, world = run.state, run.world
     sums: list[Tensor] = []
     for micro_step, batch in enumerate(micro_batches):
         seed_everything(run.config.seed, state.step, micro_step, world.rank)
@@ -242,28 +362,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> None:
         scores = run.task.batch_scores(outputs, batch)
         names, values = step_values(run, losses, loss, scores, batch)
         sums.append(values)
-    values = world.sum_(torch.stack(sums).sum(0))
-    run.scaler.unscale_(run.optimizer)
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = gradient_norm(parameters)
-    if run.config.train.max_grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.train.max_grad_norm, norm)
-    bad = (~torch.isfinite(norm + values[names.index("loss")])).float()
-    settle(run)
-    run.schedule.set(state.applied)
-    guarded_step(run.optimizer, bad)
-    if run.scaler.is_enabled():
-        run.scaler.update()
-    for buffer, before in zip(norm_statistics(run.raw_model), kept, strict=True):
-        buffer.copy_(torch.where(bad > 0, before, buffer))
-    sync_buffers(run.raw_model, world)
-    if run.ema:
-        run.ema.update(run.raw_model, 1 - bad)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.meter.add([*names, "grad_norm"], torch.cat([values, norm.reshape(1).to(values)]))
-    run.flags.put(torch.stack([bad, values[names.index("stop")], norm.to(bad)]))
-    state.step += 1
-    state.micro_step += len(micro_batches)
+    return names, torch.stack(sums).sum(0)
 
 
 def total_counts(run: Run, micro_batches: list[Batch]) -> dict[str, Tensor]:
@@ -278,7 +377,8 @@ def step_values(
     run: Run, losses: dict[str, Tensor], loss: Tensor, scores: dict[str, Tensor], batch: Batch
 ) -> tuple[list[str], Tensor]:
     """(names, values) of one micro-step that add up to the step's over micro-steps and ranks."""
-    share = 1 / (run.config.train.grad_accum_steps * run.world.size)
+    train = run.config.train
+    share = len(batch.samples) / (train.batch_size * train.grad_accum_steps * run.world.size)
     samples = [f"samples/{name}" for name in run.dataset_names]
     names = ["loss", *(f"loss/{term}" for term in losses), *scores, *samples, "stop"]
     measured = torch.stack([loss, *losses.values(), *(score * share for score in scores.values())]).detach().float()
@@ -305,7 +405,10 @@ def settle(run: Run) -> None:
         state.bad_in_a_row += 1
         run.note("skipped", f"step {state.step}: loss or gradient is not finite; the step was skipped")
         scale = run.scaler.get_scale() if run.scaler.is_enabled() else math.inf
-        if state.bad_in_a_row >= run.config.train.max_bad_steps or scale < 1:
+        is_over = state.bad_in_a_row >= run.config.train.max_bad_steps or scale < 1
+        if is_over or not (run.scaler.is_enabled() or state.bad_in_a_row > 1):  # fp16 finds its scale by such steps
+            keep_bad_step(run)
+        if is_over:
             raise UserError(
                 f"{state.bad_in_a_row} steps in a row had no finite gradient, so training was ended; weights are as "
                 "they were before. Lower optimizer.lr, set train.max_grad_norm, or use bf16 instead of fp16"
@@ -319,6 +422,22 @@ def settle(run: Run) -> None:
                 f"the gradient norm is {norm:.0f}: usual causes are a learning rate that is too high, no warm-up, "
                 "masks in another range than 0..1, or very small batches; train.max_grad_norm clips it",
             )
+
+
+def keep_bad_step(run: Run) -> None:
+    """Write down what the bad step was made of, for `--replay`."""
+    if run.last_step is None or run.last_step.is_anothers:
+        return
+    try:
+        path = bad_steps.dump(run, model_meta(run), criterion_settings(run), phase_factors(run))
+    except UserError as error:
+        run.note("warning", f"the bad step could not be kept: {error}")
+        return
+    run.note("skipped", f"the step is kept in {path}: look into it with python train.py --replay {path}")
+
+
+def criterion_settings(run: Run) -> dict[str, Any]:
+    return loss_settings(run.config, run.task, run.train_loader.dataset.reader)
 
 
 def report_step(run: Run) -> None:
@@ -377,9 +496,10 @@ def say_what_wastes(run: Run, times: dict[str, float]) -> None:
 def validate(run: Run) -> dict[str, float]:
     """Score the model (its average, where there is one), note the best, and tell the callbacks."""
     state = run.state
-    if run.val_loader is None:
+    scored = score(run)
+    if scored is None:
         return {}
-    metric, gallery = score(run)
+    metric, gallery = scored
     values = metric.compute()
     value, higher = values[run.best_metric], metric.higher_is_better[run.best_metric]
     is_best = is_better(value, state.best, higher)
@@ -395,28 +515,49 @@ def validate(run: Run) -> dict[str, float]:
 
 def measure_base(run: Run) -> dict[str, float]:
     """Before fine-tuning: the score of the model that it starts from, which every later one is compared with."""
-    if run.val_loader is None:
+    scored = score(run)
+    if scored is None:
         return {}
-    metric, gallery = score(run)
+    metric, gallery = scored
     run.state.base = metric.compute()
     tell_validation(run, metric, run.state.base, gallery, is_base=True)
     return run.state.base
 
 
-def score(run: Run) -> tuple[Any, Gallery]:
-    """(metric of all validation samples, the masks worth looking at)."""
+def score_before_the_first_step(run: Run) -> dict[str, float]:
+    """What `train.resume_start_with_eval` asks for: a validation that is only printed."""
+    scored = score(run)
+    if scored is None:
+        return {}
+    values = scored[0].compute()
+    run.log.say("validation before the first step: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+    return values
+
+
+def score(run: Run) -> tuple[Any, Gallery] | None:
+    """(metric of all validation samples, the masks worth looking at).
+
+    None without validation data, and when a signal came in between: the save cannot wait, and a resume scores again.
+    """
+    if run.val_loader is None:
+        return None
     metric = run.metric()
     gallery = Gallery(run.task.results, metric)
-    evaluate(
-        run.ema.module if run.ema else run.raw_model,
-        run.val_loader,
-        metric,
-        world=run.world,
-        precision=run.precision,
-        tta=run.config.evaluation.scales,
-        progress=show_progress(run),
-        gallery=gallery,
-    )
+    try:
+        evaluate(
+            run.ema.module if run.ema else run.raw_model,
+            run.val_loader,
+            metric,
+            world=run.world,
+            precision=run.precision,
+            tta=run.config.evaluation.scales,
+            progress=show_progress(run),
+            gallery=gallery,
+            stops=lambda: bool(run.stop),
+        )
+    except Interrupted:
+        run.stopping = True
+        return None
     train_mode(run)
     return metric, gallery
 
@@ -575,7 +716,8 @@ def endless_steps(run: Run) -> Iterator[list[Batch]]:
 
 def launch(devices: int) -> None:
     """`--devices N`: become torchrun with the same command."""
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"]
+    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # by itself it would die of SIGUSR1
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", signals, f"--nproc_per_node={devices}"]
     os.execv(sys.executable, [*arguments, *sys.argv])
 
 
@@ -589,6 +731,9 @@ def command() -> None:
     targets, flags = take_values(flags, "create_config")
     if "version" in named:
         return version()
+    replayed, flags = take_values(flags, "replay")
+    if "replay" in {name.partition("=")[0] for name in names.values()}:
+        return bad_steps.replay_command(flags, replayed)
     config = load_config(flags)
     if "print_config" in named:
         return print(to_yaml(config), end="")
@@ -606,7 +751,9 @@ def command() -> None:
         launch(config.distributed.devices)
     for secret in secret_values(config):  # trackers note the command line
         sys.argv = [word.replace(secret, "***") for word in sys.argv]
-    main(config)
+    status, _ = train_all(config, [])
+    if status.startswith("stopped by"):
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

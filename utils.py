@@ -7,6 +7,8 @@ import os
 import random
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -82,8 +84,24 @@ def join_world(device: str = "auto", timeout_minutes: float = 30) -> World:
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        limit = timedelta(minutes=timeout_minutes)
+        if restarts() == "0":
+            dist.init_process_group(backend, timeout=limit)
+        else:  # the launcher's store still holds the addresses of the processes that failed
+            store = launcher_store(f"attempt_{restarts()}", limit)
+            dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
     return World(rank, local_rank, size, chosen)
+
+
+def restarts() -> str:
+    """How often torchrun (`--max_restarts`) started these processes in place of some that had failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def launcher_store(prefix: str, timeout: timedelta) -> dist.Store:
+    """The launcher's common memory, under a prefix of its own."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(prefix, dist.TCPStore(host, port, is_master=False, timeout=timeout))
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -176,9 +194,73 @@ def norm_statistics(model: nn.Module) -> list[Tensor]:
     ]
 
 
+def freeze_norm_statistics(model: nn.Module) -> None:
+    """Let batch norm use the statistics that it has, and leave them as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def drop_path_rate(model: nn.Module) -> float:
     """The rate of stochastic depth that a model stands at: that of its deepest block."""
     return max((module.drop_prob for module in model.modules() if isinstance(module, DropPath)), default=0.0)
+
+
+# ---------------------------------------------------------------- who failed
+
+
+class RollCall:
+    """Ranks tell each other why they end, through the launcher's store, so that the guilty one is named.
+
+    Where a rank fails, the others only see a broken connection, and where one hangs, a time limit.
+    """
+
+    patience = 4.0  # seconds for the others to say why they end
+
+    def __init__(self, world: World) -> None:
+        self.rank, self.size = world.rank, world.size
+        self.blame = ""
+        limit = timedelta(seconds=self.patience)
+        self.store: Any = launcher_store(f"roll_call_{restarts()}", limit) if world.size > 1 else None
+
+    def end(self, error: BaseException, reason: str) -> str:
+        """Say why this rank ends; returns which other rank is to blame, as a sentence, or nothing."""
+        if self.store is None:
+            return ""
+        self.blame = "rank 0, where the ranks meet, no longer answers"
+        # A thread, because a question to a store whose process was stopped has no time limit.
+        asking = threading.Thread(target=self._ask, args=(reason, is_broken_connection(error)), daemon=True)
+        asking.start()
+        asking.join(2 * self.patience)
+        return self.blame
+
+    def _ask(self, reason: str, is_late: bool) -> None:
+        try:
+            if self.store.add("ended", 1) == 1:
+                self.store.set("first", f"{self.rank} failed first: {reason}")
+            self.store.set(f"rank_{self.rank}", reason)
+            silent = self._silent() if is_late else []
+            first = self.store.get("first").decode() if is_late else ""
+        except (RuntimeError, dist.DistError):  # its process is gone
+            return
+        if silent:
+            self.blame = f"rank {' and '.join(map(str, silent))} no longer answers: killed, stopped, or stuck"
+        else:
+            self.blame = "" if not is_late or first.startswith(f"{self.rank} ") else f"rank {first}"
+
+    def _silent(self) -> list[int]:
+        """The ranks that have not said why they end, after a while."""
+        end = time.monotonic() + self.patience
+        while True:
+            silent = [rank for rank in range(self.size) if not self.store.check([f"rank_{rank}"])]
+            if not silent or time.monotonic() > end:
+                return silent
+            time.sleep(0.05)
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether an exception says no more than that another rank is gone or late."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 # ---------------------------------------------------------------- precision and seeds
@@ -351,10 +433,14 @@ class Meter:
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 ask for a save and an orderly end; the loop polls, the handler does nothing else."""
+    """SIGTERM and SIGUSR1 ask for a save and an orderly end; the loop polls, the handler does nothing else.
+
+    So does the end of torchrun: without it ranks would train on, but nobody could stop them or start them again.
+    """
 
     def __init__(self) -> None:
         self.name = ""
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
         self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGUSR1)}
 
     def restore(self) -> None:
@@ -366,4 +452,6 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def __bool__(self) -> bool:
+        if self._launcher and os.getppid() != self._launcher:
+            self.name = self.name or "the end of torchrun"
         return bool(self.name)

@@ -286,7 +286,7 @@ class Zygote:
     def close(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def serve() -> None:

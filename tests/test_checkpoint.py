@@ -309,6 +309,7 @@ class Gadget:
 def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
     import builtins
     import runpy
+    import timeit
 
     canary = tmp_path / "canary"
     code = f"open({str(canary)!r}, 'w').close()"
@@ -322,6 +323,8 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
         "runpy": (runpy.run_path, (str(tmp_path / "evil.py"),)),
         "touch": (Path.touch, (canary,)),
         "open": (builtins.open, (str(canary), "w")),
+        "spawn": (os.spawnlp, (os.P_WAIT, "touch", "touch", str(canary))),
+        "timeit": (timeit.timeit, (code, "pass", timeit.default_timer, 1)),
     }
     for name, call in gadgets.items():
         content = {"model": {"w": torch.zeros(2)}, "state": Gadget(call)}

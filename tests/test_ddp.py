@@ -167,6 +167,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all(data: Path, zygote: Zygote, tmp_pat
     assert "step 3: loss or gradient is not finite; the step was skipped" in job.text()
     content = checkpoint.load(tmp_path / "run" / "last.pth")
     assert (content["state"]["skipped"], content["state"]["step"]) == (1, 6)
+    assert [file.name for file in (tmp_path / "run").glob("bad_step_*")] == ["bad_step_3_rank_1.pth"]
     for part in ("model", "ema"):
         assert all(torch.isfinite(value).all() for value in content[part].values() if value.is_floating_point())
 
@@ -179,6 +180,7 @@ def test_a_rank_that_raises_ends_the_job(data: Path, zygote: Zygote, tmp_path: P
     assert 0 not in codes
     assert time.monotonic() - began < 20
     assert "ArithmeticError: rank one fails" in job.text()
+    assert "error: rank 1 failed first: ArithmeticError: rank one fails" in job.text()  # so says the other
 
 
 def test_sync_bn_says_that_it_needs_cuda(data: Path, zygote: Zygote, tmp_path: Path) -> None:

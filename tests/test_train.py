@@ -510,6 +510,7 @@ def test_devices_starts_torchrun(data: Path, tmp_path: Path, monkeypatch: pytest
     flags = flags_for(data, tmp_path, "run", "--devices", "2")
     code, _, _ = run_script(monkeypatch, "train", *flags)
     assert code == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    launcher = ["-m", "torch.distributed.run", "--standalone", signals, "--nproc_per_node=2"]
     assert started == [[sys.executable, *launcher, "train.py", *flags]]
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,21 @@
+"""Ten thousand mutations of a COCO json: each ends in faults or in samples, never in a crash."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+PART = 1000
+
+
+@pytest.mark.parametrize("first", range(0, 10_000, PART))
+def test_row_38_malformed_coco(first: int, tmp_path: Path) -> None:
+    program = f"from tests.test_readers_coco import fuzz; fuzz({str(tmp_path)!r}, {first}, {first + PART})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > PART
