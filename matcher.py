@@ -117,7 +117,7 @@ class HungarianMatcher:
                     truth = labels_at(targets.maps, image, targets.layer_of[own, None], points[k, None])
                     number = torch.arange(1, len(truth[0]) + 1, device=truth.device)[:, None]
                     mask_queries = torch.stack([each[image] for each in stages.mask_queries[k]])
-                    found = mask_queries @ sampled[k, image] + stages.mask_bias
+                    found = (mask_queries @ sampled[k, image]).add_(stages.mask_bias)
                     cost[k] += self._mask_cost(found, (truth == number).to(found.dtype))
         return [part.view(shape) for part, shape in zip(buffer.cpu().split(sizes), shapes, strict=True)]
 
@@ -157,7 +157,7 @@ class HungarianMatcher:
         # softplus(x) - x·t is the cross entropy: a product of matrices instead of all pairs' points.
         cross_entropy = (F.softplus(found).sum(-1, keepdim=True) - found @ truth) / found.shape[-1]
         p = found.sigmoid()
-        dice = 1 - (2 * p @ truth + 1) / (p.sum(-1, keepdim=True) + truth.sum(-2, keepdim=True) + 1)
+        dice = 1 - (2 * (p @ truth) + 1) / (p.sum(-1, keepdim=True) + truth.sum(-2, keepdim=True) + 1)
         return self.weights["mask"] * cross_entropy + self.weights["dice"] * dice
 
 
