@@ -151,8 +151,9 @@ class RFDETR(Model):
 
     @property
     def size(self) -> int:
-        """The side in pixels of the square input that the position table is for."""
-        return position_side(self.backbone.pos_embed) * self.row.patch
+        """The side in pixels of the square input that the position table is for, or of the next legal one."""
+        side = position_side(self.backbone.pos_embed) * self.row.patch
+        return -(-side // self.stride) * self.stride
 
     def _place_queries(self, proposals: Tensor) -> Tensor:
         """Boxes (B, G, Q, 4) of the queries: proposals (B, G, K, 4), each moved as its query has learnt.
