@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
+from models import infer_family
+from models.base import key_pairs
 from models.sam2.memory import PROMPTED, recall
 from models.sam2.model import ONLY_IN_2_1, PARTS, Sam2
-from models.sam2.parts import ABSENT
+from models.sam2.parts import ABSENT, Points
 from models.sam2.positions import rotate, rotations
 from models.sam2.prompts import RandomUser, center_clicks, noisy_boxes, random_clicks
 from models.sam2.tracker import Tracker, fill_holes
+from settings import SAM2Settings
 from tests.conftest import SHARED, needs_shared
 from video_loss import VideoCriterion
 
@@ -90,6 +95,23 @@ def test_names_order_and_shapes(path: Path) -> None:
     assert [(key, tensor.shape, tensor.dtype) for key, tensor in saved.items()] == [
         (key, tensor.shape, tensor.dtype) for key, tensor in theirs.items()
     ]
+
+
+def test_settings_dataclass_names_every_argument() -> None:
+    fields = {
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
+        for field in dataclasses.fields(SAM2Settings)
+    }
+    arguments = {name: p.default for name, p in signature(Sam2).parameters.items()}
+    assert {name: value for name, value in fields.items() if name not in ("family", "pretrained")} == {
+        **arguments,
+        "trainable": [],
+    }
+
+
+@needs_shared
+def test_a_checkpoint_tells_its_family() -> None:
+    assert infer_family(empty(KEY_FILES[0])) == ("sam2", {"variant": "base_plus"})
 
 
 def test_wrapped_prefixed_half_weights_come_back(model: Any) -> None:
@@ -166,18 +188,12 @@ def test_learning_rates_and_decay_are_the_official_ones(model: Any) -> None:
     groups = model.parameter_groups(5e-6, 0.1, backbone_lr_scale=0.6, layer_decay=0.9)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     parameters = dict(model.named_parameters())
-    pairs = {key: name for key, name in model_keys(model).items() if name in parameters}
+    pairs = key_pairs(parameters, model.official_keys())
     assert sorted(pairs) == sorted(expected)
     for key, name in pairs.items():
         rate, decay = found[id(parameters[name])]
         assert rate == pytest.approx(expected[key]["lr"]["0.0"]), key
         assert decay == expected[key]["weight_decay"], key
-
-
-def model_keys(model: Any) -> dict[str, str]:
-    from models.base import key_pairs
-
-    return key_pairs(model.state_dict(), model.official_keys())
 
 
 def test_trainable_parts() -> None:
@@ -223,6 +239,33 @@ def test_a_given_mask_that_is_empty_is_an_absent_object(model: Any) -> None:
     assert torch.equal(adopted.pointers[1:], model.object_pointers.no_object)
     torch.testing.assert_close(adopted.masks[1], torch.full_like(adopted.masks[1], -10))
     assert ((F.avg_pool2d(masks.float(), 4) > 0.5) == (adopted.masks > 0)).all()
+
+
+@torch.no_grad()
+def test_graphs_are_the_model(model: Any) -> None:
+    model.graph_size = SIZE
+    graphs = model.export_graphs()
+    images, mask = torch.stack(frames_of(2)), torch.randn(2, 1, 16, 24)
+    coarse, conditioned, finer, finest = graphs["image_encoder"][0](images)
+    features = model.encode(images)
+    assert torch.equal(conditioned, model.without_memory(features))
+    points = Points(torch.tensor([[[30.0, 20.0]], [[10.0, 50.0]]]), torch.tensor([[1], [0]]))
+    module, _, _ = graphs["mask_decoder"]
+    shares = torch.tensor([1.0, 0.0])  # the second image has no mask
+    logits, ious, scores, pointers = module(conditioned, finer, finest, points.positions, points.labels, mask, shares)
+    for i, masks in enumerate((mask[:1], None)):
+        part = features.of(torch.tensor([i]))
+        point = Points(points.positions[i : i + 1], points.labels[i : i + 1])
+        expected = model.segment(conditioned[i : i + 1], part, point, masks, multimask=True)
+        torch.testing.assert_close(logits[i : i + 1, 1:], expected.candidates, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pointers[i, 1 + ious[i, 1:].argmax()], expected.pointers[0], rtol=1e-4, atol=1e-4)
+    memories = graphs["memory_encoder"][0](coarse, mask, scores)
+    remembering, example, _ = graphs["memory_attention"]
+    moments, steps = torch.tensor([PROMPTED]), torch.tensor([1 / 15])
+    remembered = remembering(coarse, memories[:, None], moments, pointers[:, :1], steps)
+    assert remembered.shape == example[0].shape == coarse.shape
+    assert not torch.equal(remembered, conditioned)
+    assert all(set(axes) >= set(list(axes)[: len(example)]) for _, example, axes in graphs.values())
 
 
 # --- what a frame remembers -------------------------------------------------------------------------------------------
