@@ -96,7 +96,7 @@ class Dataset(torch.utils.data.Dataset[Item]):
         if self.pad and self.augment is None:
             info.content = content_share(info.size, key.size)
         target = None
-        if sample.masks is not None:
+        if sample.masks is not None or sample.class_ids:
             target = self.make_target(sample, original if self.augment is None else None)
         return Item(image=sample.frames[0], target=target, info=info, key=key)
 

@@ -27,7 +27,9 @@ from errors import UserError
 from samples import IGNORED
 
 VERSION, SEMANTIC_VERSION, INSTANCE_VERSION = 2, 1, 1  # of what is drawn; raise it whenever a pixel changes
+CLASSIFICATION_VERSION = 1
 COUNTS = {"train": 64, "val": 16}
+COUNTS_OF_CLASS = {"train": 48, "val": 12}
 MARKER = "DEMO"  # a file in the folder, written last, that says which drawing it holds
 SUPERSAMPLING = 4
 
@@ -59,6 +61,13 @@ def write_instance_demo(folder: str | os.PathLike[str], *, seed: int = 0) -> Pat
     COCO's format, with polygons, run lengths where an object has holes, and some crowds. Raises as `write_demo`."""
     marker = f"instance version {INSTANCE_VERSION}, seed {seed}\n"
     return _write_once(Path(folder), marker, lambda target: _draw_instance(target, seed))
+
+
+def write_classification_demo(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
+    """Draw 48 training and 12 validation pictures of each of `KINDS` as `<folder>/{train,val}/<kind>/<number>.png`, one
+    shape in each. Raises as `write_demo`."""
+    marker = f"classification version {CLASSIFICATION_VERSION}, seed {seed}\n"
+    return _write_once(Path(folder), marker, lambda target: _draw_classes(target, seed))
 
 
 def _write_once(folder: Path, marker: str, draw_all: Callable[[Path], None]) -> Path:
@@ -469,3 +478,28 @@ KINDS: dict[str, Shape] = {
     "letter": _letter,
     "lattice": _lattice,
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One shape for a class
+
+
+def _draw_classes(folder: Path, seed: int) -> None:
+    for part, (split, count) in enumerate(COUNTS_OF_CLASS.items()):
+        for number, name in enumerate(KINDS):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                seeds = np.random.SeedSequence([seed, part, number, index])
+                picture = draw_kind(np.random.Generator(np.random.PCG64(seeds)), KINDS[name])
+                Image.fromarray(picture).save(folder / split / name / f"{index:04d}.png", compress_level=1)
+
+
+def draw_kind(rng: Generator, shape: Shape, side: int = 96) -> np.ndarray:
+    """One shape on a soft ground of other colours, (side, side, 3) uint8 RGB."""
+    radius = rng.uniform(0.3, 0.42) * side
+    centre = rng.uniform(1.05 * radius, side - 1.05 * radius, 2)
+    opacity = draw_shape(rng, shape, centre, radius, (side, side))[:, :, None]
+    ground, objects = (paint(draw_palette(rng), smooth_noise(rng, side, side)) for _ in range(2))
+    (a, b), (c, d) = ((90, 0.6), (0, 0.45))[:: rng.choice([1, -1])]  # one of them is light, the other dark
+    image = opacity * (a + b * objects) + (1 - opacity) * (c + d * ground) + rng.normal(0, 3, ground.shape)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)

@@ -160,7 +160,7 @@ def kinds_of(settings: InferenceSettings, task: Task) -> list[str]:
     """What is written of each picture, by the names of the folders."""
     asked = {"colors": settings.colors and task.has_colors, "cutouts": settings.cutout, "overlays": settings.overlay,
              "side_by_side": settings.side_by_side, "crops": settings.crops}  # fmt: skip
-    return ["masks", *(kind for kind, is_asked in asked.items() if is_asked)]
+    return [*(["masks"] if task.mask else []), *(kind for kind, is_asked in asked.items() if is_asked)]
 
 
 def prepare_output(output: Path, kinds: list[str], settings: InferenceSettings, images: ImageList) -> None:
@@ -168,7 +168,7 @@ def prepare_output(output: Path, kinds: list[str], settings: InferenceSettings, 
     files = [*(images.files(index)[0] for index in range(len(images))), *images.videos.values()]
     sources = {os.path.realpath(os.path.dirname(file)) for file in files}
     searched = [os.path.realpath(path) for path in settings.input if os.path.isdir(path)]
-    for folder in [output / kind for kind in kinds]:
+    for folder in [output / kind for kind in kinds or ["."]]:
         place = Path(os.path.realpath(folder))
         if any(place.is_relative_to(path) for path in searched) or any(Path(s).is_relative_to(place) for s in sources):
             raise UserError(f"--output {output} would write into the input; name a folder apart from it")
@@ -381,7 +381,7 @@ def draw_outputs(prediction: Prediction, *, task: Task, kinds: list[str], class_
     frame, result = prediction
     if isinstance(result, Fault):
         raise DataError(result)
-    drawn: Drawn = {"masks": task.mask(result)}
+    drawn: Drawn = {"masks": task.mask(result)} if task.mask else {}
     if "colors" in kinds:
         drawn["colors"] = task.colorize(result)
     if "overlays" in kinds or "cutouts" not in kinds:

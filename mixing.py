@@ -51,12 +51,12 @@ class Mix:
         if way in (None, "mixup") or partner is item:
             return item
         labels, others = item.target.labels, partner.target.labels
-        taken = cut_box(rng, labels.shape) if way == "cutmix" else half_of_classes(rng, others)
-        return replace(
-            item,
-            image=cv2.copyTo(partner.image, taken, item.image.copy()),
-            target=replace(item.target, labels=cv2.copyTo(others, taken, labels.copy())),
-        )
+        taken = cut_box(rng, item.image.shape[:2]) if way == "cutmix" else half_of_classes(rng, others)
+        if np.ndim(labels):
+            target = replace(item.target, labels=cv2.copyTo(others, taken, labels.copy()))
+        else:  # of the whole picture
+            target = replace(item.target, blended=others, share=1 - float(taken.mean()))
+        return replace(item, image=cv2.copyTo(partner.image, taken, item.image.copy()), target=target)
 
 
 def checked(probabilities: Mapping[str, float], known: Sequence[str]) -> dict[str, float]:

@@ -75,8 +75,10 @@ def mirror_back(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plain_map(view: View, size: Sequence[int]) -> Tensor:
-    """A view's probabilities at the size of the output for unscaled images of this size."""
+    """A view's probabilities at the size of the output for unscaled images of this size, where they have places."""
     logits = view.outputs["logits"]
+    if logits.ndim == 2:
+        return probabilities_of(logits)
     reduction = view.width // logits.shape[-1]
     return resize(probabilities_of(logits), [side // reduction for side in size])
 

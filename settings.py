@@ -119,6 +119,20 @@ class RFDETRSettings:
 
 
 @dataclass
+class ClassifierSettings:
+    """A classifier: one of timm's networks with a linear head."""
+
+    family: Literal["classifier"] = setting("classifier", "the model family")
+    pretrained: str = setting(
+        "none", "none, backbone (timm's weights), a weights file, or hf-hub:owner/name to start from", path="file"
+    )
+    backbone: str = setting("resnet18", "any of timm's networks by name")
+    num_classes: int = setting(0, "classes; 0: as many as the data has", min=0)
+    drop_path: float = setting(0.0, "stochastic depth, for networks that have it", min=0, max=1)
+    dropout: float = setting(0.0, "dropout before the head", min=0, max=1)
+
+
+@dataclass
 class SAM2Settings:
     """SAM 2.1 (Ravi et al., 2024). The defaults are those of the official fine-tuning but for the smaller size."""
 
@@ -247,6 +261,14 @@ class InstanceLossSettings(LossSettings):
     )
     focal_alpha: float = setting(0.25, "exponent of p in the class target: p^alpha * IoU^(1 - alpha)", min=0, max=1)
     point_ratio: int = setting(16, "pixels of the predicted masks for each point that is looked at", min=1)
+
+
+@dataclass
+class ClassificationLossSettings(LossSettings):
+    """The terms of `classification`: ce."""
+
+    weights: dict[str, float] = setting({"ce": 1.0}, "weight of each term by name", min=0)
+    label_smoothing: float = setting(0.0, "share of the truth that ce spreads over all classes", min=0, max=0.99)
 
 
 @dataclass
@@ -405,8 +427,10 @@ FAMILY_SETTINGS: dict[str, type] = {
     "segformer": SegFormerSettings,
     "rfdetr": RFDETRSettings,
     "sam2": SAM2Settings,
+    "classifier": ClassifierSettings,
 }
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "classifier": {"task": "classification", "data.size": [224, 224], "optimizer.lr": 1e-3, "train.batch_size": 32},
     "birefnet": {"task": "binary"},
     "segformer": {
         "task": "semantic",
@@ -444,6 +468,7 @@ TASK_SETTINGS: dict[str, type[LossSettings]] = {
     "semantic": SemanticLossSettings,
     "instance": InstanceLossSettings,
     "video": VideoLossSettings,
+    "classification": ClassificationLossSettings,
 }
 
 
@@ -457,8 +482,8 @@ class Config:
         "", "true: continue the run; auto: only if there is one; or a checkpoint", path="file?", transient=True
     )
     overwrite: bool = setting(False, "replace an existing run of this name", transient=True)
-    task: Literal["binary", "semantic", "instance", "video"] = setting(
-        "binary", "what is segmented; the default is the family's own"
+    task: Literal["binary", "semantic", "instance", "video", "classification"] = setting(
+        "binary", "what is learnt; the default is the family's own"
     )
     seed: int = setting(7, "seed of everything random", min=0)
     seeds: list[int] = setting([], "train once with each of these and report mean and deviation", min=0, transient=True)

@@ -30,6 +30,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "rfdetr": Family("models.rfdetr.model.RFDETR", {"instance": "instance_loss.InstanceCriterion"}),
     "sam2": Family("models.sam2.model.Sam2", {"video": "video_loss.VideoCriterion"}),
+    "classifier": Family("models.classifier.Classifier", {"classification": "classification.ClassificationCriterion"}),
 }
 
 

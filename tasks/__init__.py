@@ -5,12 +5,13 @@ from __future__ import annotations
 from errors import UserError, nearest
 from tasks.base import MetricOptions, Scored, Task
 from tasks.binary import BINARY
+from tasks.classification import CLASSIFICATION
 from tasks.instance import INSTANCE
 from tasks.semantic import SEMANTIC
 
 __all__ = ["TASKS", "MetricOptions", "Scored", "Task", "get_task"]
 
-TASKS = {task.name: task for task in (BINARY, SEMANTIC, INSTANCE)}
+TASKS = {task.name: task for task in (BINARY, SEMANTIC, INSTANCE, CLASSIFICATION)}
 
 
 def get_task(name: str) -> Task:

@@ -73,7 +73,7 @@ class Task:
     write_demo: Callable[[Path], Path]  # draws the demo data into a folder
     test_metrics: tuple[str, ...] = ()  # what evaluate.py measures beside the task's own where nothing is chosen
     demo_specs: tuple[str, str] = ("train", "val")  # the training and the validation set there
-    mask: Callable[[Any], np.ndarray] = lambda result: result  # result -> (H, W) to be saved as a grey picture
+    mask: Callable[[Any], np.ndarray] | None = lambda result: result  # result -> (H, W), a grey picture, if it is one
     objects: ObjectOutputs | None = None  # where a result is a list of objects
 
     def demo_root(self) -> str:

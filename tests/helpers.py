@@ -42,6 +42,8 @@ TINY = [
 ]  # fmt: skip
 TOY = ["--model.family", "toy", *SMALL]
 SEGFORMER = ["--model.family", "segformer", *SMALL]
+CLASSIFIER = ["--model.family", "classifier", "--model.backbone", "test_resnet", *SMALL]
+RFDETR = ["--model.family", "rfdetr", "--model.groups", "2", *SMALL, "--data.size", "96", "96"]
 
 
 @dataclass
@@ -98,6 +100,70 @@ def draw_label_set(folder: Path, count: int, seed: int = 0) -> Path:
         Image.fromarray(image).save(folder / "images" / f"{number:02d}.png")
         Image.fromarray(labels).save(folder / "masks" / f"{number:02d}.png")
     (folder / "classes.txt").write_text("ground\ndisc\nbar")
+    return folder
+
+
+def draw_object_set(folder: Path, count: int, seed: int = 0) -> Path:
+    """A data set of two classes in YOLO's layout, 80x96: none to three bright discs and dark bars on grey noise."""
+    generator = np.random.default_rng(seed)
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    corners = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    y, x = np.mgrid[:80, :96]
+    for number in range(count):
+        image = np.full((80, 96, 3), 110.0)
+        lines = []
+        for place in generator.permutation(3)[: number % 4]:
+            center = generator.uniform(22, 58), 18 + 30 * place + generator.uniform(-4, 4)
+            if generator.random() < 0.5:
+                image[np.hypot(y - center[0], x - center[1]) < 11] = (240, 210, 60)
+                outline = np.stack([center[1] + 11 * np.cos(corners), center[0] + 11 * np.sin(corners)], 1)
+            else:
+                image[(abs(y - center[0]) < 6) & (abs(x - center[1]) < 12)] = (20, 30, 90)
+                outline = np.array([[-12, -6], [12, -6], [12, 6], [-12, 6]]) + center[::-1]
+            shares = (outline + 0.5).clip(0, (96, 80)) / (96, 80)
+            lines.append(f"{int(len(outline) == 4)} " + " ".join(f"{value:.5f}" for value in shares.ravel()))
+        image += generator.normal(0, 12, image.shape)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{number:02d}.png")
+        (folder / "labels" / f"{number:02d}.txt").write_text("\n".join(lines))
+    (folder / "images" / "classes.txt").write_text("disc\nbar")
+    return folder
+
+
+def tiny_rfdetr() -> Any:
+    """A size of RF-DETR of some 0.2 million parameters, to stand for one of the table's."""
+    import timm
+    from timm.models import register_model
+    from timm.models.vision_transformer import VisionTransformer
+
+    from models.rfdetr.variants import Variant
+
+    def vit_tiny_patch14_dinov2(pretrained: bool = False, **settings: Any) -> VisionTransformer:
+        ignored = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+        settings = {name: value for name, value in settings.items() if name not in ignored}
+        return VisionTransformer(embed_dim=48, depth=4, num_heads=2, **settings)
+
+    if not timm.is_model("vit_tiny_patch14_dinov2"):
+        vit_tiny_patch14_dinov2.__module__ = VisionTransformer.__module__
+        register_model(vit_tiny_patch14_dinov2)
+    return Variant(
+        12, 1, 8, 2, 12, "", taps=(0, 1, 2, 3), global_blocks=(1,), encoder="tiny", width=48, self_heads=2,
+        cross_heads=4,
+    )  # fmt: skip
+
+
+def draw_class_set(folder: Path, count: int, seed: int = 0) -> Path:
+    """A data set of three classes, so many pictures of each, 72x80: a bright disc, ring or bar on dark noise."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[:72, :80]
+    for name in ("bar", "disc", "ring"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            top, left = generator.uniform(28, 44), generator.uniform(28, 52)
+            distance = np.hypot(y - top, x - left)
+            inside = {"bar": abs(y - top) < 8, "disc": distance < 20, "ring": abs(distance - 18) < 5}[name]
+            image = generator.uniform(0, 90, (72, 80, 3)) + 150 * inside[..., None]
+            Image.fromarray(image.astype(np.uint8)).save(folder / name / f"{number}.png")
     return folder
 
 
