@@ -97,6 +97,8 @@ class RFDETR(Model):
         self.stride = row.patch * row.windows
         self.num_queries = num_queries or row.queries
         side = position_side or row.side
+        pixels = -(-side * row.patch // self.stride) * self.stride  # officially 560 where the table is of 518
+        self.default_size = (pixels, pixels)
         # Built with some stochastic depth whatever the rate, so that a schedule can raise it later.
         self.backbone = WindowedDino(row.encoder, row.patch, row.windows, side, row.taps, row.global_blocks, 0.1)
         self.set_drop_path(drop_path)
