@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import samples
 from checkpoint import CheckpointError
 from config import take_values
 from errors import UserError
 from models import create_criterion, create_model
 from run import Run
-from samples import Batch, BinaryTarget, InstanceTarget, SampleInfo, SemanticTarget
+from samples import Batch, SampleInfo
 from utils import choose_precision, drop_path_rate, freeze_norm_statistics, pick_device, seed_everything
 
 KEPT = 3  # files of a rank, the newest
-TARGETS = {kind.__name__: kind for kind in (BinaryTarget, SemanticTarget, InstanceTarget)}
+TARGETS = {name: kind for name, kind in vars(samples).items() if name.endswith("Target")}  # of every task
 
 
 # ---------------------------------------------------------------- into a file

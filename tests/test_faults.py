@@ -224,6 +224,17 @@ def test_row_24_signals_in_evaluation_and_save(
     assert_same_run(unbroken, tmp_path / "run")
 
 
+def test_row_24_a_signal_to_one_rank_in_evaluation(data: Path, zygote: Zygote, tmp_path: Path) -> None:
+    """The other goes on to the end of its share, and both drop what they have."""
+    told = SIGNAL_IN.format(module="metrics", owner="metrics.BinaryMetric.update", call=1, name="SIGTERM")
+    told = told.replace("if calls[0] == 1", "if calls[0] == 1 and os.environ['RANK'] == '1'")
+    flags = [*SHORT, "--batch_size", "1", "--epochs", "1"]
+    job = zygote.start(flags_for(data, tmp_path, "run", *flags, model=TOY), 2, before=told)
+    assert job.wait() == [STOPPED, STOPPED], job.text()
+    state = checkpoint.load(tmp_path / "run" / "last.pth")["state"]
+    assert (state["step"], state["validated_step"], state["validation"]) == (4, -1, {})
+
+
 INJECTED = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
