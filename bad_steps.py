@@ -9,26 +9,25 @@ averages over, seeds and the scale. So neither the data nor the run are needed t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 import checkpoint
-import samples
 from checkpoint import CheckpointError
 from config import take_values
 from errors import UserError
 from models import create_criterion, create_model
 from run import Run
 from samples import Batch, SampleInfo
+from tasks import get_task
 from utils import choose_precision, drop_path_rate, freeze_norm_statistics, pick_device, seed_everything
 
 KEPT = 3  # files of a rank, the newest
-TARGETS = {name: kind for name, kind in vars(samples).items() if name.endswith("Target")}  # of every task
 
 
 # ---------------------------------------------------------------- into a file
@@ -76,16 +75,19 @@ def plain(batch: Batch) -> dict[str, Any]:
     kept = {each.name: getattr(target, each.name) for each in fields(target) if "original" not in each.name}
     return {
         "images": batch.images,
-        "targets": {"kind": type(target).__name__, **kept},
+        "targets": kept,
         "samples": [asdict(sample) for sample in batch.samples],
     }
 
 
-def batch_of(content: dict[str, Any]) -> Batch:
-    """The batch that `plain` was given."""
-    target = dict(content["targets"])
-    kind = TARGETS[target.pop("kind")]
-    return Batch(content["images"], kind(**target), [SampleInfo(**sample) for sample in content["samples"]])
+def batch_of(content: dict[str, Any], kind: Callable[..., Any]) -> Batch:
+    """The batch that `plain` was given, with targets of a `kind`."""
+    return Batch(content["images"], kind(**content["targets"]), [SampleInfo(**info) for info in content["samples"]])
+
+
+def targets_of(task: str) -> Callable[..., Any]:
+    """The class of a task's targets: what its batches are collated to."""
+    return get_type_hints(get_task(task).collate_targets)["return"]
 
 
 # ---------------------------------------------------------------- and again
@@ -127,7 +129,7 @@ def replay(path: Path, device: str = "auto") -> Replayed:
     sums: list[Tensor] = []
     names: list[str] = []
     for micro_step, stored in enumerate(content["batches"]):
-        batch = batch_of(stored).to(place)
+        batch = batch_of(stored, targets_of(meta["task"])).to(place)
         seed_everything(config["seed"], content["step"] - 1, micro_step, content["rank"])
         with precision.autocast():
             outputs = model(batch)

@@ -38,6 +38,9 @@ class ClassTarget:
     def pin_memory(self) -> ClassTarget:
         return replace(self, **{name: each.pin_memory() for name, each in vars(self).items()})
 
+    def part(self, start: int, stop: int) -> ClassTarget:
+        return replace(self, **{name: each[start:stop] for name, each in vars(self).items()})
+
 
 def class_target(sample: Sample, original: Sample | None) -> ClassItem:
     """The target of one sample; its class does not depend on what the picture looked like before."""

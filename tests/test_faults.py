@@ -28,11 +28,13 @@ import doctor
 import loss
 import run
 from checkpoint import RunFolder, RunLock
+from classification import ClassTarget
 from config import load
 from errors import STOPPED, TryAgain, UserError
 from readers import DataError, read_alpha, read_image
 from readers.images import read_labels
 from samples import Batch, BinaryTarget, InstanceTarget, SampleInfo, SemanticTarget
+from tasks import TASKS
 from tests.helpers import (
     ROOT,
     TOY,
@@ -389,19 +391,21 @@ def batches() -> list[Batch]:
         Batch(images, SemanticTarget(labels, blended=labels.flip(0), share=0.3), samples),
         Batch(images, InstanceTarget(counts, torch.arange(7), torch.rand(7, 4), torch.ones(count, 1, 8, 8, dtype=
               torch.int16), torch.zeros(7, dtype=torch.int64)), samples),
+        Batch(images, ClassTarget(torch.arange(count), torch.ones(count), torch.rand(count)), samples),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("kind", range(len(TASKS)))
 def test_batches_of_every_task_are_kept_whole_and_taken_apart(kind: int, tmp_path: Path) -> None:
     batch = batches()[kind]
     checkpoint.save(tmp_path / "a.pth", bad_steps.plain(batch))
-    again = bad_steps.batch_of(checkpoint.load(tmp_path / "a.pth"))
+    again = bad_steps.batch_of(checkpoint.load(tmp_path / "a.pth"), type(batch.targets))
     assert again.samples == batch.samples
     assert not difference(vars(batch.targets), vars(again.targets))
     for pieces, sizes in ((1, [5]), (2, [2, 3]), (4, [1, 1, 1, 2]), (9, [1] * 5)):
         parts = batch.split(pieces)
         assert [len(part.samples) for part in parts] == [len(part.images) for part in parts] == sizes
+        assert {type(batch.targets) for batch in batches()} == {bad_steps.targets_of(task) for task in TASKS}
         for name, value in vars(batch.targets).items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(torch.cat([getattr(part.targets, name) for part in parts]), value), name
