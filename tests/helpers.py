@@ -365,6 +365,7 @@ def serve() -> None:
     importlib.import_module("models.birefnet")
     importlib.import_module("tests.toy")
     add_toy_family()
+    importlib.import_module("models.rfdetr.variants").SEGMENTATION["nano"] = tiny_rfdetr()
     ended: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -15,7 +15,19 @@ import checkpoint
 from loss import BinaryCriterion
 from models.base import Model
 from samples import Batch, BinaryTarget, SampleInfo
-from tests.helpers import SEGFORMER, TOY, Zygote, difference, draw_label_set, draw_set, flags_for, records, zygote_in
+from tests.helpers import (
+    RFDETR,
+    SEGFORMER,
+    TOY,
+    Zygote,
+    difference,
+    draw_label_set,
+    draw_object_set,
+    draw_set,
+    flags_for,
+    records,
+    zygote_in,
+)
 from tests.toy import Toy
 
 STEADY = [
@@ -38,7 +50,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
         yield started
 
 
-@pytest.mark.parametrize("family", ["toy", "segformer"])
+@pytest.mark.parametrize("family", ["toy", "segformer", "rfdetr"])
 def test_an_odd_number_of_samples_scores_the_same_on_one_two_and_three_ranks(
     family: str, data: Path, zygote: Zygote, tmp_path: Path
 ) -> None:
@@ -49,6 +61,10 @@ def test_an_odd_number_of_samples_scores_the_same_on_one_two_and_three_ranks(
         data, model = tmp_path, [*SEGFORMER, "--model.drop_path", "0", "--model.dropout", "0"]
         draw_label_set(data / "train", 6)
         draw_label_set(data / "val", 5, seed=1)
+    if family == "rfdetr":
+        data, model = tmp_path, RFDETR
+        draw_object_set(data / "train", 6)
+        draw_object_set(data / "val", 5, seed=1)
     for world in (1, 2, 3):
         flags = ["--lr", "0", "--max_steps", "2", "--batch_size", "1", "--evaluation.batch_size", "2"]
         if family == "segformer":  # its batch norm has statistics of the step's own batch

@@ -15,6 +15,7 @@ import pytest
 
 import checkpoint
 from tests.helpers import (
+    RFDETR,
     ROOT,
     SEGFORMER,
     TINY,
@@ -23,6 +24,7 @@ from tests.helpers import (
     add_toy_family,
     assert_same_run,
     draw_label_set,
+    draw_object_set,
     draw_set,
     flags_for,
     in_process,
@@ -48,6 +50,11 @@ SEMANTIC = [
     "--data.dynamic_size", "[[64, 96], [64, 64]]", "--loss.weights", "{ce: 1, dice: 1, lovasz: 1}",
     "--loss.class_weights", "inverse_sqrt", "--logging.log_frequency", "1", "--checkpoint.save_last", "2",
 ]  # fmt: skip
+INSTANCE = [
+    "--batch_size", "1", "--grad_accum_steps", "2", "--train.ema_decay", "0.9", "--model.drop_path", "0.3",
+    "--model.dropout", "0.1", "--data.mix", "{mosaic: 0.3, copy_paste: 0.3}", "--data.dynamic_size", "[[84, 108]]",
+    "--logging.log_frequency", "1", "--checkpoint.save_last", "2",
+]  # fmt: skip
 EPOCHS = {1: 3, 2: 5, 3: 5}  # of 12 samples, two for each step and rank
 
 
@@ -63,6 +70,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_set(folder / "val", 5, seed=1)
     draw_label_set(folder / "labels" / "train", 12)
     draw_label_set(folder / "labels" / "val", 5, seed=1)
+    draw_object_set(folder / "objects" / "train", 12)
+    draw_object_set(folder / "objects" / "val", 5, seed=1)
     return folder
 
 
@@ -73,16 +82,20 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 
 @pytest.mark.parametrize(
-    ("family", "world", "kills"), [("toy", 1, 3), ("toy", 2, 3), ("toy", 3, 3), ("birefnet", 3, 1), ("segformer", 3, 1)]
+    ("family", "world", "kills"),
+    [("toy", 1, 3), ("toy", 2, 3), ("toy", 3, 3), ("birefnet", 3, 1), ("segformer", 3, 1), ("rfdetr", 3, 1)],
 )
 def test_a_run_killed_at_random_moments_ends_bitwise_like_the_unbroken_one(
     family: str, world: int, kills: int, data: Path, zygote: Zygote, tmp_path: Path
 ) -> None:
     chance = random.Random(20 + world)
     recipe = [*RECIPE, "--epochs", str(EPOCHS[world] if family == "toy" else 3)]
-    model = {"toy": TOY, "birefnet": [*TINY, "--model.squeeze_block", "ASPP_x1"], "segformer": SEGFORMER}[family]
+    models = {"birefnet": [*TINY, "--model.squeeze_block", "ASPP_x1"], "segformer": SEGFORMER, "rfdetr": RFDETR}
+    model = models.get(family, TOY)
     if family == "segformer":
         data, recipe = data / "labels", [*SEMANTIC, "--epochs", "4"]
+    if family == "rfdetr":
+        data, recipe = data / "objects", [*INSTANCE, "--epochs", "4"]
     zygote.run(flags_for(data, tmp_path / "unbroken", "run", *recipe, model=model), world)
     unbroken, broken = tmp_path / "unbroken" / "run", tmp_path / "broken" / "run"
     killed_at = sorted(chance.sample(range(4, record_count(unbroken) - 2), kills))

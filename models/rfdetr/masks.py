@@ -46,7 +46,7 @@ class MaskHead(nn.Module):
             "mask_features": planes.permute(0, 1, 4, 2, 3),
             "encoder_mask_queries": few_rows(self.vectors, proposed, parameters),
             "encoder_mask_features": first.permute(0, 3, 1, 2),
-            "mask_bias": self.bias,
+            "mask_bias": self.bias.clone(),
         }
 
     def vectors(self, states: Tensor) -> Tensor:
