@@ -465,3 +465,13 @@ def test_few_rows_have_the_gradient_of_all() -> None:
     layer.zero_grad()
     (few_rows(layer, x, layer.parameters()) * 0).sum().backward()
     assert not layer[2].weight.grad.any()
+
+
+@needs_shared
+def test_official_weights_name_their_classes_as_coco_does() -> None:
+    categories = json.loads((SHARED / "data/coco_cc_instance/annotations/instances_val.json").read_text())["categories"]
+    with torch.device("meta"):
+        names = create_model("rfdetr", num_classes=90).official_class_names
+        assert create_model("rfdetr", num_classes=80).official_class_names == ()
+    assert len(names) == 91
+    assert {number: name for number, name in enumerate(names) if name} == {row["id"]: row["name"] for row in categories}

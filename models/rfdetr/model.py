@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from errors import UserError, nearest
 from models.base import KeyTable, LoadReport, Model, unwrap
+from models.rfdetr.coco import coco_names
 from models.rfdetr.decoder import Decoder, Perceptron, move_boxes
 from models.rfdetr.encoder import WindowedDino, encoder_keys, fit_patches, fit_positions
 from models.rfdetr.keys import (
@@ -37,6 +38,7 @@ from models.rfdetr.rows import few_rows
 from models.rfdetr.variants import STORAGE, find_variant
 
 DECODER_LR = 0.7  # the decoder's share of the learning rate, in the official code as here
+COCO_CLASSES = 90  # of the official weights, whose labels are COCO's ids
 PRIOR = 0.01  # probability that a fresh class head gives to each class
 MASK_HEADS = ("official", "fpn")
 
@@ -99,6 +101,7 @@ class RFDETR(Model):
         side = position_side or row.side
         pixels = -(-side * row.patch // self.stride) * self.stride  # officially 560 where the table is of 518
         self.default_size = (pixels, pixels)
+        self.official_class_names = coco_names() if num_classes == COCO_CLASSES else ()
         # Built with some stochastic depth whatever the rate, so that a schedule can raise it later.
         self.backbone = WindowedDino(row.encoder, row.patch, row.windows, side, row.taps, row.global_blocks, 0.1)
         self.set_drop_path(drop_path)
