@@ -143,10 +143,12 @@ def train_one(config: Config, world: World, callbacks: list[Callback]) -> tuple[
                 raise UserError(blame) from error
             raise
         finally:
-            for callback in run.callbacks:
-                callback.on_run_end(status)
-            if world.is_main_process:
-                write_text(folder.path / "status.txt", status + "\n")
+            try:
+                if world.is_main_process:
+                    write_text(folder.path / "status.txt", status + "\n")
+            finally:  # also on a full disk: trackers have processes to end
+                for callback in run.callbacks:
+                    callback.on_run_end(status)
 
 
 def train(run: Run) -> tuple[str, dict[str, float]]:
