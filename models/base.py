@@ -282,6 +282,12 @@ def checkpointed(module: Callable[..., Tensor], *inputs: Any) -> Tensor:
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
 
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which nothing is cast on the tensor's device; on "meta", which knows no casting, nothing ever is."""
+    kind = tensor.device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
 @contextlib.contextmanager
 def _statistics_untouched(module: Any) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]

@@ -12,7 +12,7 @@ import torch
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
-from models.base import KeyTable, checkpointed
+from models.base import KeyTable, checkpointed, without_autocast
 from models.deformable import full_precision
 
 LAYER_SCALE = 1.0  # a fresh block's, as in the official code
@@ -97,7 +97,7 @@ def resample(table: Tensor, height: int, width: int) -> Tensor:
         return table
     table = full_precision(table)
     rows, columns = (cubic_weights(*sides).to(table) for sides in zip(table.shape[1:3], (height, width), strict=True))
-    with torch.autocast(table.device.type, enabled=False):
+    with without_autocast(table):
         return torch.einsum("yh,xw,bhwc->byxc", rows, columns, table)
 
 

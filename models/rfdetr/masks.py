@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import checkpointed
+from models.base import checkpointed, without_autocast
 from models.rfdetr.decoder import Perceptron
 from models.rfdetr.rows import few_rows
 
@@ -81,7 +81,7 @@ class OfficialMaskHead(MaskHead):
 
     def vectors(self, states: Tensor) -> Tensor:
         planes, queries = self.spatial_features_proj, self.query_features_proj
-        with torch.autocast(states.device.type, enabled=False):
+        with without_autocast(states):
             both = torch.cat([planes.weight.flatten(1), planes.get_parameter("bias")[:, None]], 1).T
             weight, bias = both @ queries.weight, both @ queries.bias
         return F.linear(self.query_features_block(states), weight, bias)
