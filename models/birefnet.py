@@ -230,6 +230,8 @@ class BiRefNet(Model):
         when no known encoder fits.
         """
         shapes = {key: tuple(tensor.shape) for key, tensor in unwrap(state_dict).items()}
+        if not any(key.startswith("decoder.decoder_block4.") for key in shapes):  # building every encoder takes long
+            raise UserError("the checkpoint is no BiRefNet: it has no decoder.decoder_block4")
         name = _infer_backbone(shapes)
         channels = list(find_backbone(name).channels)
         entry = (
