@@ -50,6 +50,7 @@ PAUSE = 30  # seconds between two pages of a run that goes on
 QUIET = 600  # seconds without a record, after which nobody can say that a run goes on
 EVENTS = 40  # shown, the last ones
 JPEG_QUALITY = 88
+ABSENT = 20  # classes that are named though they have no score
 
 Row = dict[str, Any]
 
@@ -538,10 +539,18 @@ def class_table(run: RunFiles) -> str:
     if not classes:
         return ""
     names = [name for name in classes[0] if name != "name"]
-    ranked = sorted(classes, key=lambda row: math.inf if row[names[0]] is None else row[names[0]])
-    rows = [[str(row["name"]), *(decimal(row[name]) for name in names)] for row in ranked]
+    ranked = sorted((row for row in classes if row[names[0]] is not None), key=lambda row: row[names[0]])
+    rows = [[str(row["name"]), *(number_text(row[name]) for name in names)] for row in ranked]
     shown = table(["class", *names], rows, numbers=range(1, len(names) + 1))
-    return f"<div><h3>By class, at {place(run.validation)}</h3>{shown}</div>"
+    absent = [str(row["name"]) for row in classes if row[names[0]] is None]
+    listed = ", ".join(absent[:ABSENT]) + (" …" if len(absent) > ABSENT else "")
+    note = f'<p class="note">{len(absent)} without a score: {escape(listed)}</p>' if absent else ""
+    return f"<div><h3>By class, at {place(run.validation)}</h3>{shown}{note}</div>"
+
+
+def number_text(value: float | int | None) -> str:
+    """A count as it is, a score with its decimals."""
+    return str(value) if isinstance(value, int) else decimal(value)
 
 
 def figures(run: RunFiles) -> str:

@@ -560,7 +560,7 @@ def test_few_frames_wait_however_long_the_video_and_slow_the_disk(tmp_path: Path
 
     written = 0
 
-    def slow(prediction: inference.Prediction) -> dict[str, np.ndarray]:
+    def slow(prediction: inference.Prediction) -> inference.Drawn:
         nonlocal written
         time.sleep(0.005)
         written += 1

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -543,3 +544,13 @@ def test_a_real_run_leaves_a_report(tmp_path: Path) -> None:
     in_process(*flags_for(tmp_path, tmp_path / "runs", "second", *flags, *weights, model=TOY))
     shown = page_of(tmp_path / "runs/second").text
     assert re.search(r"base model's jaccard 0\.\d{4} the best is (better|worse) than the base model by 0\.\d{4}", shown)
+
+
+def test_classes_without_a_score_are_named_and_have_no_row() -> None:
+    rows = [{"name": name, "ap": score, "objects": count} for name, score, count in
+            (("cat", 0.5, 3), ("dog", None, 0), ("<b>", 0.25, 1))]  # fmt: skip
+    page = report.class_table(SimpleNamespace(validation={"per_class": rows, "epoch": 1, "step": 2}))  # type: ignore[arg-type]
+    assert page.index("&lt;b&gt;") < page.index("cat")
+    assert ">3<" in page
+    assert "1 without a score: dog" in page
+    assert page.count("<tr") == 3
