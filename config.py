@@ -434,8 +434,9 @@ def merge(paths: list[Path], flags: list[str], saved: dict | None = None) -> Con
     layers += [launcher_layer(), *(file_layer(path, known) for path in own), flag_layer(flags, known)]
     values = {key: value for layer in layers for key, value in layer.items()}
     names_data = any(values[key].raw for key in ("data.root", "data.train", "data.val", "data.test") if key in values)
-    if not (paths or saved or names_data):
-        values = file_layer(ROOT / "configs" / f"{kind.family}_demo.yml", known) | values
+    demo = ROOT / "configs" / f"{kind.family}_demo.yml"
+    if not (paths or saved or names_data) and demo.is_file():
+        values = file_layer(demo, known) | values
     return build(values, kind)
 
 
