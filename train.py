@@ -77,6 +77,7 @@ from utils import (
     is_better,
     join_world,
     leave_world,
+    may_restart,
     norm_statistics,
     seed_everything,
     sync_buffers,
@@ -126,7 +127,7 @@ def train_one(config: Config, world: World, callbacks: list[Callback]) -> tuple[
         resumed = is_resumed(config, folder, world)
         if world.is_main_process:
             at_the_end.callback(RunLock(folder.path).release)
-            if folder.exists() and not resumed:
+            if folder.exists() and not resumed and may_restart():
                 folder.overwriting.touch()
         at_the_end.callback(log.close)
         run = build_run(config, world, task, folder, log, resumed, callbacks)

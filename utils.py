@@ -98,6 +98,11 @@ def restarts() -> str:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
+def may_restart() -> bool:
+    """Whether torchrun started this process, which may start it again."""
+    return "TORCHELASTIC_RESTART_COUNT" in os.environ
+
+
 def launcher_store(prefix: str, timeout: timedelta) -> dist.Store:
     """The launcher's common memory, under a prefix of its own."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

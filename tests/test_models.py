@@ -262,8 +262,10 @@ def test_foreign_checkpoint_is_reported_not_raised() -> None:
 def test_checkpoints_of_nothing_known_are_user_errors() -> None:
     with pytest.raises(UserError, match="no weights"):
         build().load_official({"epoch": 3})
-    with pytest.raises(UserError, match="encoder"):
+    with pytest.raises(UserError, match="no BiRefNet"):
         infer_settings("birefnet", {"bb.conv.weight": torch.zeros(3)})
+    with pytest.raises(UserError, match="encoder"):
+        infer_settings("birefnet", {"decoder.decoder_block4.conv_in.weight": torch.zeros(3)})
 
 
 @pytest.mark.parametrize(

@@ -61,14 +61,15 @@ def randomise(model: Any, seed: int = 0) -> Any:
     return model
 
 
-def loss_of(outputs: dict[str, Tensor]) -> Tensor:
+def loss_of(outputs: dict[str, Any]) -> Tensor:
     """Some scalar that every output has a part in."""
     names = ("logits", "boxes", "encoder_logits", "encoder_boxes")
     total = torch.stack([outputs[name].square().mean() for name in names]).sum()
     if "mask_bias" in outputs:
         for prefix in ("", "encoder_"):
-            factors = outputs[f"{prefix}mask_queries"], outputs[f"{prefix}mask_features"]
-            masks = torch.einsum("...qd,...dhw->...qhw", *factors) + outputs["mask_bias"]
+            queries, features = outputs[f"{prefix}mask_queries"], outputs[f"{prefix}mask_features"]
+            features = features if prefix else torch.stack(features)
+            masks = torch.einsum("...qd,...dhw->...qhw", queries, features) + outputs["mask_bias"]
             total = total + masks.square().mean()
     return total
 
@@ -441,7 +442,8 @@ def test_vectors_and_planes_make_the_official_masks() -> None:
     for block, layer in zip(head.blocks, states, strict=True):
         x = block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         wanted.append(masks(x, layer))
-    found = torch.einsum("lbqd,lbdhw->lbqhw", outputs["mask_queries"], outputs["mask_features"]) + head.bias
+    planes = torch.stack(outputs["mask_features"])
+    found = torch.einsum("lbqd,lbdhw->lbqhw", outputs["mask_queries"], planes) + head.bias
     first = torch.einsum("bqd,bdhw->bqhw", outputs["encoder_mask_queries"], outputs["encoder_mask_features"])
     assert torch.allclose(found, torch.stack(wanted[1:]))
     assert torch.allclose(first + head.bias, wanted[0])

@@ -17,7 +17,7 @@ def shown_rows() -> list[str]:
 def test_the_table_holds_every_size_of_every_family() -> None:
     """Counting the operations takes seconds, so that is asked of one size of each family."""
     rows = shown_rows()
-    for family in FAMILIES:
+    for family in FAMILIES.keys() - {"toy"}:  # which other tests of this process may have added
         there = [row for row in rows if row.startswith(f"| {family} |")]
         sizes = [(name, settings) for name, settings in variants.sizes_of(family)]
         assert {row.split(" | ")[1] for row in there} <= {name for name, _ in sizes}
