@@ -25,6 +25,7 @@ MATCHING = {"class": 2.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
 OVERSAMPLING = 3  # candidates for each point of the mask losses
 UNCERTAIN = 0.75  # share of the points that are the least certain candidates; the rest is anywhere
 LEAST_QUALITY = 0.01
+CANDIDATE = 128  # values that a candidate counts for in a chunk, whose gradient nobody needs
 
 
 class InstanceCriterion(Criterion):
@@ -76,18 +77,18 @@ class InstanceCriterion(Criterion):
         return {"objects": torch.full((), float(len(batch.targets.labels)), device=batch.targets.labels.device)}
 
     @torch.compiler.disable
-    def forward(self, outputs: Mapping[str, Tensor], batch: Any, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, outputs: Mapping[str, Any], batch: Any, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{term: weighted scalar}; their sum is what is trained.
 
         outputs, L being decoder layers of which the last counts, Q the queries of all groups, group after group:
         `logits` (L, B, Q, C) and `boxes` (L, B, Q, 4), center and size as shares of the input; where present
-        `mask_queries` (L, B, Q, D), `mask_features` (L, B, D, h, w) and `mask_bias` (1,), a mask being the product
+        `mask_queries` (L, B, Q, D), `mask_features`, L of (B, D, h, w), and `mask_bias` (1,), a mask being the product
         plus the bias; and each of these but the bias of the encoder, without L, as `encoder_…`.
         """
         values = self.stage_terms(outputs, batch.targets, counts["objects"])
         return {term: value.sum() * self.active[term] for term, value in values.items()}
 
-    def stage_terms(self, outputs: Mapping[str, Tensor], targets: InstanceTarget, objects: Tensor) -> dict[str, Tensor]:
+    def stage_terms(self, outputs: Mapping[str, Any], targets: InstanceTarget, objects: Tensor) -> dict[str, Tensor]:
         """{term: (K,) unweighted} of the last decoder layer, the layers before it, and the encoder."""
         with torch.autocast(outputs["logits"].device.type, enabled=False):
             stages = Stages.of(outputs)
@@ -118,7 +119,7 @@ class InstanceCriterion(Criterion):
 
     def _mask_terms(self, stages: Stages, k: int, targets: InstanceTarget, matches: Matches) -> Tensor:
         """(2,) sums over matches of cross entropy and Dice at uncertain points of one stage."""
-        height, width = stages.mask_features[k][0].shape[-2:]
+        height, width = stages.mask_features[k][0].shape[:2]
         points = max(height, height * width // self.point_ratio)
         parts = list(chunks(len(matches.image), height * width))
         if len(parts) == 1:
@@ -147,7 +148,8 @@ def matched_masks(stages: Stages, k: int, matches: Matches, part: slice) -> list
     queries = stages.mask_queries[k][matches.image[part], matches.query[k, part]]
     ends = np.cumsum(matches.per_image).clip(part.start, part.stop)
     own = queries.split(np.diff(ends, prepend=part.start).tolist())
-    return [torch.tensordot(q, full_precision(maps), 1) for q, maps in zip(own, stages.mask_features[k], strict=True)]
+    maps = [full_precision(each) for each in stages.mask_features[k]]
+    return [(q @ each.flatten(0, 1).T).unflatten(1, each.shape[:2]) for q, each in zip(own, maps, strict=True)]
 
 
 @torch.no_grad()
@@ -156,7 +158,14 @@ def uncertain_points(masks: Sequence[Tensor], bias: Tensor, count: int) -> Tenso
     total, device = sum(map(len, masks)), bias.device
     candidates = torch.rand(total, OVERSAMPLING * count, 2, device=device)
     uncertain = int(UNCERTAIN * count)
-    doubt = (at_points(masks, candidates) + bias).abs()
+    own = candidates.split([len(each) for each in masks])
+    # A few masks at a time, which the cache holds: indices and neighbours are many times as large as the candidates.
+    parts = [
+        at_points([each[part]], at[part])
+        for each, at in zip(masks, own, strict=True)
+        for part in chunks(len(each), CANDIDATE * candidates.shape[1])
+    ]
+    doubt = (torch.cat(parts) + bias).abs()
     index = doubt.topk(uncertain, largest=False, sorted=False).indices
     anywhere = torch.rand(total, count - uncertain, 2, device=device)
     return torch.cat([candidates.gather(1, index.unsqueeze(-1).expand(-1, -1, 2)), anywhere], 1)

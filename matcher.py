@@ -7,7 +7,7 @@ goes to the host in one transfer: the only time in a step that the host waits fo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,17 +32,17 @@ class Stages(NamedTuple):
     logits: Tensor  # (K, B, Q, C), Q being the queries of all groups, group after group
     boxes: Tensor  # (K, B, Q, 4) center x, center y, width, height, as shares of the input's sides
     mask_queries: list[Tensor]  # K of (B, Q, D), or none
-    mask_features: list[Sequence[Tensor]]  # K of B of (D, h, w), or none; in the outputs' own precision
+    mask_features: list[Sequence[Tensor]]  # K of B of (h, w, D), or none; in the outputs' own precision
     mask_bias: Tensor  # (1,), 0 where there is none
 
     @classmethod
-    def of(cls, outputs: Mapping[str, Tensor]) -> Stages:
+    def of(cls, outputs: Mapping[str, Any]) -> Stages:
         """The stages of what RF-DETR returns in training, see `InstanceCriterion.forward`."""
 
         def stages(name: str) -> list[Tensor]:
             if name not in outputs:
                 return []
-            *before, last = outputs[name].unbind()
+            *before, last = outputs[name]
             encoder = outputs.get(f"encoder_{name}")
             return [last, *before] if encoder is None else [last, *before, encoder]
 
@@ -50,7 +50,8 @@ class Stages(NamedTuple):
             logits=full_precision(torch.stack(stages("logits"))),
             boxes=full_precision(torch.stack(stages("boxes"))),
             mask_queries=[full_precision(queries) for queries in stages("mask_queries")],
-            mask_features=[features.unbind() for features in stages("mask_features")],
+            # Channels last as they are in the model's memory, lest their gradients come back in another layout.
+            mask_features=[features.permute(0, 2, 3, 1).unbind() for features in stages("mask_features")],
             mask_bias=full_precision(outputs.get("mask_bias", outputs["boxes"].new_zeros(1))),
         )
 
@@ -126,13 +127,13 @@ class HungarianMatcher:
         device = stages.logits.device
         if not stages.mask_features or not (self.weights["mask"] or self.weights["dice"]):
             return torch.empty(len(stages.logits), 0, 2, device=device), torch.empty(0)
-        height, width = stages.mask_features[0][0].shape[-2:]
+        height, width = stages.mask_features[0][0].shape[:2]
         count = height * width // self.point_ratio
         points = torch.cat([torch.rand(1, count, 2, device=device) for _ in stages.mask_features])
         sampled = []
         for features, at in zip(stages.mask_features, points, strict=True):
             index, x, y = neighbours(at, (height, width))
-            values = torch.stack([maps.flatten(1)[:, index] for maps in features])
+            values = torch.stack([maps.flatten(0, 1)[index].T for maps in features])
             sampled.append(blend(full_precision(values), x, y))
         return points, torch.stack(sampled)
 

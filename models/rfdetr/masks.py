@@ -6,6 +6,8 @@ matched queries alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class MaskHead(nn.Module):
 
     def forward(
         self, states: Tensor, proposed: Tensor, maps: list[Tensor], feature: Tensor, size: tuple[int, int]
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Masks in evaluation, their factors in training.
 
         Args:
@@ -39,11 +41,11 @@ class MaskHead(nn.Module):
             plane = (others or [first])[-1]
             masks = self.vectors(states[-1]) @ plane.flatten(1, 2).mT
             return {"masks": masks.unflatten(-1, plane.shape[1:3]) + self.bias}
-        planes = torch.stack(others) if others else first.expand(len(states), *first.shape)
         parameters = [parameter for layer in self.vector_layers() for parameter in layer.parameters()]
         return {
             "mask_queries": few_rows(self.vectors, states, parameters),
-            "mask_features": planes.permute(0, 1, 4, 2, 3),
+            # Not stacked: that would copy the largest tensors of a step, and their gradients.
+            "mask_features": tuple(x.permute(0, 3, 1, 2) for x in others or [first] * len(states)),
             "encoder_mask_queries": few_rows(self.vectors, proposed, parameters),
             "encoder_mask_features": first.permute(0, 3, 1, 2),
             "mask_bias": self.bias.clone(),

@@ -52,7 +52,7 @@ class RFDETR(Model):
     In training, for all L decoder layers and all G groups of queries (those of a group together):
     `logits` (L, B, G·Q, C + 1), `boxes` (L, B, G·Q, 4), and of the proposals that started the queries
     `encoder_logits` (B, G·Q, C + 1), `encoder_boxes` (B, G·Q, 4). With masks the factors of their logits:
-    `mask_queries` (L, B, G·Q, E), `mask_features` (L, B, E, H/4, W/4), `encoder_mask_queries` (B, G·Q, E),
+    `mask_queries` (L, B, G·Q, E), `mask_features` (a tuple of L, (B, E, H/4, W/4)), `encoder_mask_queries` (B, G·Q, E),
     `encoder_mask_features` (B, E, H/4, W/4), and `mask_bias` (1,), which is added to the products.
 
     Officially class 0 of C + 1 is COCO's unused id 0; here labels are 0…C-1 and the last logit stays unused.
@@ -123,7 +123,7 @@ class RFDETR(Model):
         elif masks:
             self.mask_head = OfficialMaskHead(width, row.layers)
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
+    def forward(self, batch: Any) -> dict[str, Any]:
         images: Tensor = getattr(batch, "images", batch)
         self._check(images)
         maps = self.backbone(images)

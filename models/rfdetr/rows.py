@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+ROWS = 1024  # computed at once: what a layer makes of them stays in the cache
+
 
 def few_rows(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """`function` of rows (…, C) by themselves, which uses `parameters`; the result is for a loss on few of them.
@@ -27,7 +29,7 @@ class _FewRows(torch.autograd.Function):
         ctx.function, ctx.parameters = function, parameters
         ctx.autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         ctx.save_for_backward(x)
-        return function(x)
+        return torch.cat([function(rows) for rows in x.flatten(0, -2).split(ROWS)]).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
