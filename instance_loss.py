@@ -25,7 +25,7 @@ MATCHING = {"class": 2.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
 OVERSAMPLING = 3  # candidates for each point of the mask losses
 UNCERTAIN = 0.75  # share of the points that are the least certain candidates; the rest is anywhere
 LEAST_QUALITY = 0.01
-CANDIDATE = 128  # values that a candidate counts for in a chunk, whose gradient nobody needs
+POINT = 128  # values that one counts for in `chunks`: those of masks that are sampled at once stay in the cache
 
 
 class InstanceCriterion(Criterion):
@@ -158,26 +158,47 @@ def uncertain_points(masks: Sequence[Tensor], bias: Tensor, count: int) -> Tenso
     total, device = sum(map(len, masks)), bias.device
     candidates = torch.rand(total, OVERSAMPLING * count, 2, device=device)
     uncertain = int(UNCERTAIN * count)
-    own = candidates.split([len(each) for each in masks])
-    # A few masks at a time, which the cache holds: indices and neighbours are many times as large as the candidates.
-    parts = [
-        at_points([each[part]], at[part])
-        for each, at in zip(masks, own, strict=True)
-        for part in chunks(len(each), CANDIDATE * candidates.shape[1])
-    ]
-    doubt = (torch.cat(parts) + bias).abs()
+    doubt = (at_points(masks, candidates) + bias).abs()
     index = doubt.topk(uncertain, largest=False, sorted=False).indices
     anywhere = torch.rand(total, count - uncertain, 2, device=device)
     return torch.cat([candidates.gather(1, index.unsqueeze(-1).expand(-1, -1, 2)), anywhere], 1)
 
 
 def at_points(masks: Sequence[Tensor], points: Tensor) -> Tensor:
-    """Masks (n, h, w) of each image, N in all, at points (N, P, 2): (N, P)."""
-    height, width = masks[0].shape[-2:]
-    index, x, y = neighbours(points, (height, width))
-    indices = index.split([len(each) for each in masks])
-    values = [each.flatten(1).gather(1, own) for each, own in zip(masks, indices, strict=True)]
-    return blend(torch.cat(values), x, y)
+    """Masks (n, h, w) of each image, N in all, at points (N, P, 2): (N, P). Differentiable once, in the masks."""
+    own = points.split([len(each) for each in masks])
+    return torch.cat([_AtPoints.apply(each, at) for each, at in zip(masks, own, strict=True)])
+
+
+class _AtPoints(torch.autograd.Function):
+    """Keeps the points alone, where autograd would keep indices and neighbours, many times as large.
+
+    A few masks at a time, which the cache holds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, masks: Tensor, points: Tensor) -> Tensor:
+        ctx.save_for_backward(points)
+        ctx.shape = masks.shape
+        values = []
+        for part in chunks(len(masks), POINT * points.shape[1]):
+            index, x, y = neighbours(points[part], ctx.shape[1:])
+            values.append(blend(masks[part].flatten(1).gather(1, index), x, y))
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (points,) = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.shape)
+        for part in chunks(len(points), POINT * points.shape[1]):
+            index, x, y = neighbours(points[part], ctx.shape[1:])
+            right = gradient[part] * x
+            left = gradient[part] - right
+            below = [left * y, right * y]
+            shares = torch.cat([left - below[0], right - below[1], *below], -1).to(whole.dtype)
+            whole[part].flatten(1).scatter_add_(1, index, shares)
+        return whole, None
 
 
 def negative_sum(logits: Tensor) -> Tensor:
