@@ -84,8 +84,15 @@ class InstanceCriterion(Criterion):
         `logits` (L, B, Q, C) and `boxes` (L, B, Q, 4), center and size as shares of the input; where present
         `mask_queries` (L, B, Q, D), `mask_features`, L of (B, D, h, w), and `mask_bias` (1,), a mask being the product
         plus the bias; and each of these but the bias of the encoder, without L, as `encoder_…`.
+
+        Raises UserError where no term is left, the outputs having no masks.
         """
         values = self.stage_terms(outputs, batch.targets, counts["objects"])
+        if not values:
+            raise UserError(
+                "loss.weights has terms of masks alone, but the model has no masks (model.masks is false): "
+                "give class, box or giou a weight above 0"
+            )
         return {term: value.sum() * self.active[term] for term, value in values.items()}
 
     def stage_terms(self, outputs: Mapping[str, Any], targets: InstanceTarget, objects: Tensor) -> dict[str, Tensor]:

@@ -346,6 +346,8 @@ def test_masks_may_be_absent() -> None:
     assert torch.equal(state, torch.get_rng_state())  # no masks, no points
     single = {name: value for name, value in outputs.items() if not name.startswith("encoder")}
     assert losses_of(criterion_of(), single, targets_of([2, 3]))["box"] < losses["box"]
+    with pytest.raises(UserError, match="terms of masks alone, but the model has no masks"):
+        losses_of(criterion_of({"mask": 1.0, "dice": 1.0, "box": 0.0}), outputs, targets_of([2, 3]))
 
 
 def test_weights_and_phases() -> None:
