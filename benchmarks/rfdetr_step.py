@@ -34,25 +34,34 @@ from models.rfdetr.variants import SEGMENTATION
 from samples import InstanceTarget
 
 Step = Callable[[], None]
+Maker = Callable[[argparse.Namespace], tuple[Step, Step]]
 CLASSES = 90
 LR = 1e-4
 
 
 def main() -> None:
     options = parse_options()
-    for objects in options.objects:
-        shape = f"{options.size}² batch {options.batch_size}, {objects} objects an image"
-        print(f"{options.variant} {shape}, {options.threads} threads, {options.device}", flush=True)
-        compare(argparse.Namespace(**{**vars(options), "objects": objects}))
+    makers: dict[str, Maker] = {"ours": ours} | ({"official": official} if find_spec("rfdetr") else {})
+    cases = [argparse.Namespace(**{**vars(options), "objects": objects}) for objects in options.objects]
+    # First, while this process is small: those that it starts count its peak as theirs.
+    memory = [{name: in_own_process(make, case) for name, make in makers.items()} for case in cases]
+    for case, peaks in zip(cases, memory, strict=True):
+        shape = f"{case.size}² batch {case.batch_size}, {case.objects} objects an image"
+        print(f"{case.variant} {shape}, {case.threads} threads, {case.device}")
+        compare(makers, case)
+        for name, peak in peaks.items():
+            print(f"{'peak memory':>14}, {name:>8}: {peak:.0f} MB")
+        if len(peaks) == 2:
+            print(f"{'peak memory':>14}, {'ratio':>8}: {peaks['official'] / peaks['ours']:.2f}", flush=True)
 
 
-def compare(options: argparse.Namespace) -> None:
-    """Print the figures of one case."""
-    makers = {"ours": ours} | ({"official": official} if find_spec("rfdetr") else {})
-    memory = {}
-    for name, make in makers.items():
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memory[name] = pool.apply(peak_memory, (make, options))
+def in_own_process(make: Maker, options: argparse.Namespace) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_memory, (make, options))
+
+
+def compare(makers: dict[str, Maker], options: argparse.Namespace) -> None:
+    """Measure in turn and print the times of one case."""
     torch.set_num_threads(options.threads)
     pairs = {name: make(options) for name, make in makers.items()}
     for index, what in enumerate(("training step", "evaluation")):
@@ -68,10 +77,6 @@ def compare(options: argparse.Namespace) -> None:
         if len(medians) == 2:
             ratios = [theirs / own for theirs, own in zip(medians["official"], medians["ours"], strict=True)]
             print(f"{what:>14}, {'ratio':>8}: {ratios[0]:.2f}, {ratios[1]:.2f} of the CPU")
-    for name, peak in memory.items():
-        print(f"{'peak memory':>14}, {name:>8}: {peak:.0f} MB")
-    if len(memory) == 2:
-        print(f"{'peak memory':>14}, {'ratio':>8}: {memory['official'] / memory['ours']:.2f}", flush=True)
 
 
 def timed(step: Step, device: str) -> tuple[float, float]:
@@ -165,7 +170,7 @@ def objects_of(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor,
     return (random[..., 4] * CLASSES).long(), boxes, masks
 
 
-def peak_memory(make: Callable[[argparse.Namespace], tuple[Step, Step]], options: argparse.Namespace) -> float:
+def peak_memory(make: Maker, options: argparse.Namespace) -> float:
     """Megabytes that two training steps add to what the process held before the first."""
     torch.set_num_threads(options.threads)
     step, _ = make(options)
