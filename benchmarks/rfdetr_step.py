@@ -41,7 +41,9 @@ LR = 1e-4
 
 def main() -> None:
     options = parse_options()
-    makers: dict[str, Maker] = {"ours": ours} | ({"official": official} if find_spec("rfdetr") else {})
+    makers: dict[str, Maker] = {"ours": ours}
+    if find_spec("rfdetr"):
+        makers["official"] = official
     cases = [argparse.Namespace(**{**vars(options), "objects": objects}) for objects in options.objects]
     # First, while this process is small: those that it starts count its peak as theirs.
     memory = [{name: in_own_process(make, case) for name, make in makers.items()} for case in cases]
