@@ -5,7 +5,7 @@ A room of its own, because readers, transforms and the data set all speak of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol
@@ -44,12 +44,26 @@ class Layers:
     boxes: np.ndarray  # (n, 4) float32 left, top, right, bottom, in pixels
 
 
+class Masklets(Protocol):
+    """The objects of a clip, whose masks are decoded when they are asked for; frames are counted from 0."""
+
+    object_ids: Sequence[int]  # what the data calls each object of the clip, ascending
+    annotated: Sequence[bool]  # of each frame: whether anything is known of it
+
+    def visible(self, frame: int) -> list[int]:
+        """Which objects, by their places in `object_ids`, have a pixel in an annotated frame."""
+
+    def masks(self, frame: int, objects: Sequence[int]) -> np.ndarray:
+        """(objects, H, W) bool of those in an annotated frame, at the size of the frame; they may overlap."""
+
+
 @dataclass
 class Sample:
-    """What every reader yields: a picture as it is on disk, with its annotation in the compact form it came in."""
+    """What every reader yields: a picture or clip as it is on disk, its annotation in the compact form it came in."""
 
-    frames: list[np.ndarray]  # each (H, W, 3) uint8 RGB; one for a still image
-    # binary: (H, W) uint8 alpha; semantic: (H, W) uint8 labels; instance: Objects or Layers; None at inference
+    frames: Sequence[np.ndarray]  # each (H, W, 3) uint8 RGB, of one size; one for a still image, decoded late for clips
+    # binary: (H, W) uint8 alpha; semantic: (H, W) uint8 labels; instance: Objects or Layers; video: Masklets; None at
+    # inference
     masks: Any = None
     class_ids: list[int] = field(default_factory=list)  # binary: the auxiliary class, or none; instance: one each
     sample_id: str = ""
@@ -178,10 +192,34 @@ class InstanceTarget:
 
 
 @dataclass
+class VideoTarget:
+    """Targets of `video`: the objects of all clips one after the other."""
+
+    masks: Tensor  # (N, T, H, W) bool at the model's size; no frames in evaluation
+    clips: Tensor  # (N,) int64, the clip of each object
+    originals: list[Masklets] = field(default_factory=list)  # evaluation: per clip, as read
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> VideoTarget:
+        """Move what losses read; the originals stay on the host."""
+        return replace(
+            self,
+            masks=self.masks.to(device, non_blocking=non_blocking),
+            clips=self.clips.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> VideoTarget:
+        return replace(self, masks=self.masks.pin_memory(), clips=self.clips.pin_memory())
+
+    def part(self, start: int, stop: int) -> VideoTarget:
+        inside = (self.clips >= start) & (self.clips < stop)
+        return VideoTarget(self.masks[inside], self.clips[inside] - start, self.originals[start:stop])
+
+
+@dataclass
 class Batch:
     """What models, criteria and metrics are given."""
 
-    images: Tensor  # (B, 3, H, W) float32, normalised
+    images: Any  # (B, 3, H, W) or (B, T, 3, H, W) float32, normalised; clips in evaluation: `clips.Streams`
     targets: Any  # `Targets` of the task, or None at inference
     samples: list[SampleInfo]
 
