@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from checkpoint import load_weights
+from clips import AugmentClip, ClipDataset, DrawClip
 from combining import COMBINATIONS, Combine
 from config import Config
 from dataset import Dataset, EvalSampler, TrainSampler, build_loader
@@ -96,8 +97,10 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
     training, validation = readers
     check_size(config, stride)
     data, size = config.data, (config.data.size[1], config.data.size[0])
-    augment, combine = build_augment(config, task), build_combine(config, task)
+    if data.load_all and task.has_clips:
+        raise UserError("data.load_all: clips are decoded as they are drawn, so it is not for the task video; leave it")
     if data.load_all:
+        augment, combine = build_augment(config, task), build_combine(config, task)
         path = world.agree(f"{os.environ.get('TMPDIR', '/tmp')}/maskwright-{os.getpid()}")
         training = Cached(
             training,
@@ -121,16 +124,8 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
         dynamic_size_batch=data.dynamic_size_batch,
         stride=stride,
     )
-    dataset = Dataset(
-        training,
-        make_target=task.make_target,
-        augment=augment,
-        combine=combine,
-        seed=config.seed,
-        pad=pads(config, task),
-    )
     train_loader = build_loader(
-        dataset,
+        train_dataset(training, task, config),
         sampler,
         collate_targets=task.collate_targets,
         statistics=data.normalize,
@@ -141,6 +136,18 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
         timeout=60 * config.distributed.timeout_minutes,
     )
     return train_loader, None if validation is None else build_eval_loader(validation, task, config, world)
+
+
+def train_dataset(reader: Reader, task: Task, config: Config) -> Dataset:
+    """The samples of a reader as the settings vary them."""
+    return (ClipDataset if task.has_clips else Dataset)(
+        reader,
+        make_target=task.make_target,
+        augment=build_augment(config, task),
+        combine=build_combine(config, task),
+        seed=config.seed,
+        pad=pads(config, task),
+    )
 
 
 def check_size(config: Config, stride: int) -> None:
@@ -161,7 +168,7 @@ def build_eval_loader(reader: Reader, task: Task, config: Config, world: World) 
         world_size=world.size,
     )
     return build_loader(
-        Dataset(reader, make_target=task.make_target, pad=pads(config, task)),
+        (ClipDataset if task.has_clips else Dataset)(reader, make_target=task.make_target, pad=pads(config, task)),
         sampler,
         collate_targets=task.collate_targets,
         statistics=config.data.normalize,
@@ -171,14 +178,15 @@ def build_eval_loader(reader: Reader, task: Task, config: Config, world: World) 
     )
 
 
-def build_augment(config: Config, task: Task) -> Augment:
+def build_augment(config: Config, task: Task) -> Augment | AugmentClip:
     """The transforms of the configuration, else the task's official recipe."""
     transforms = list(task.augment if config.data.augment is None else config.data.augment)
     if config.data.background_synthesis:
         if task.cut_out is None:
             raise UserError(f"data.background_synthesis needs masks that are alpha, which those of {task.name} are not")
         transforms.insert(0, {"name": "BackgroundSynthesis", "p": config.data.background_synthesis})
-    return Augment(transforms, pad=pads(config, task))
+    augment = Augment(transforms, pad=pads(config, task))
+    return AugmentClip(augment) if task.has_clips else augment
 
 
 def pads(config: Config, task: Task) -> bool:
@@ -198,8 +206,10 @@ def build_mix(config: Config, task: Task) -> Mix | None:
     return Mix(ways, seed=config.seed)
 
 
-def build_combine(config: Config, task: Task) -> Combine | None:
-    """How training samples are combined with others of the data, where they are; raises as `build_mix`."""
+def build_combine(config: Config, task: Task) -> Combine | DrawClip | None:
+    """How training samples are drawn from clips, or combined with others of the data; raises as `build_mix`."""
+    if task.has_clips:
+        return DrawClip(seed=config.seed, **asdict(config.data.clip))
     ways = mixing_ways(config, task)
     return Combine(ways, seed=config.seed) if any(ways.values()) and task.mixes == COMBINATIONS else None
 
@@ -207,7 +217,7 @@ def build_combine(config: Config, task: Task) -> Combine | None:
 def mixing_ways(config: Config, task: Task) -> dict[str, float]:
     """data.mix, where the task has such ways."""
     if any(config.data.mix.values()) and not task.mixes:
-        raise UserError(f"data.mix is for tasks with classes or objects, and the samples of {task.name} have none")
+        raise UserError(f"data.mix: the samples of the task {task.name} are not mixed; leave it out")
     return config.data.mix
 
 

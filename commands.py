@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 import lr_finder
-from build import build_augment, build_combine, build_readers, data_table, pads
+from build import build_readers, data_table, train_dataset
 from checkpoint import write_text
 from config import Config, secret_values, to_yaml
-from dataset import Dataset
 from errors import UserError
 from run import Run
 from samples import Batch, SampleKey
@@ -38,14 +37,7 @@ def preview(config: Config) -> None:
     """`--preview`: augmented samples beside their masks, as one picture."""
     log, task = Log(secret_values(config)), get_task(config.task)
     training, _ = build_readers(config, task, World.alone(), log)
-    dataset = Dataset(
-        training,
-        make_target=task.make_target,
-        augment=build_augment(config, task),
-        combine=build_combine(config, task),
-        seed=config.seed,
-        pad=pads(config, task),
-    )
+    dataset = train_dataset(training, task, config)
     size = (config.data.size[1], config.data.size[0])
     # Four looks at each of the first samples, as four epochs would see them.
     keys = [SampleKey(epoch, index, 0, size) for index in range(min(6, len(training))) for epoch in range(4)]

@@ -42,6 +42,7 @@ from samples import (
     SemanticTarget,
     Size,
 )
+from streams import Streams
 from transforms import content_share, resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -56,7 +57,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Item:
     """One sample on its way into a batch, as small as it gets: worker processes send these."""
 
-    image: np.ndarray  # (H, W, 3) uint8 at the model's size
+    image: Any  # (H, W, 3) or, of a clip, (T, H, W, 3) uint8 at the model's size; a `FrameStream` in evaluation
     target: Any  # what the task's `make_target` returned, or None at inference
     info: SampleInfo
     key: SampleKey
@@ -109,8 +110,10 @@ class Dataset(torch.utils.data.Dataset[Item]):
             return resize(sample, key.size, pad=self.pad)
         if self.combine is not None:
             sample = self.combine(sample, key, self.reader)
-        seeds = np.random.SeedSequence([self.seed, key.epoch, key.index, key.occurrence])
-        return self.augment(sample, key.size, seeds)
+        return self.augment(sample, key.size, self._seeds(key))
+
+    def _seeds(self, key: SampleKey) -> np.random.SeedSequence:
+        return np.random.SeedSequence([self.seed, key.epoch, key.index, key.occurrence])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,21 +249,21 @@ class EvalSampler(Sampler[list[SampleKey]]):
 
 
 def normalize(images: np.ndarray, statistics: str | tuple[float, float] = "imagenet") -> Tensor:
-    """(B, H, W, 3) uint8 → (B, 3, H, W) float32 `(x / 255 - mean) / std`.
+    """(..., H, W, 3) uint8 → (..., 3, H, W) float32 `(x / 255 - mean) / std`.
 
     `imagenet` takes the mean and deviation of ImageNet's channels, in the order of operations of torchvision's
     ToTensor and Normalize, so that the bits agree. `image` takes each image's own, over all channels: for microscopy
     and the like, where brightness says more about the lamp than about the object. A pair is a mean and a deviation for
     all channels: those of a whole picture, for its tiles.
     """
-    planar = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    planar = torch.from_numpy(images).movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
     planar.div_(255)
     if statistics == "image":
-        std, mean = torch.std_mean(planar, dim=(1, 2, 3), keepdim=True, correction=0)
+        std, mean = torch.std_mean(planar, dim=(-3, -2, -1), keepdim=True, correction=0)
         return planar.sub_(mean).div_(std.clamp(min=1 / 255))  # a flat image stays flat
     if not isinstance(statistics, str):
         return planar.sub_(statistics[0]).div_(max(statistics[1], 1 / 255))
-    means, stds = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    means, stds = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return planar.sub_(means).div_(stds)
 
 
@@ -276,9 +279,10 @@ def collate(
     `mix` makes mixtures of the items first, in training (`mixing.Mix`).
     """
     items = items if mix is None else mix(items)
-    targets = [item.target for item in items]
+    targets, images = [item.target for item in items], [item.image for item in items]
+    normal = functools.partial(normalize, statistics=statistics)
     return Batch(
-        images=normalize(np.stack([item.image for item in items]), statistics),
+        images=normal(np.stack(images)) if isinstance(images[0], np.ndarray) else Streams(images, normal),
         targets=None if any(target is None for target in targets) else collate_targets(targets),
         samples=[item.info for item in items],
     )

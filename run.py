@@ -349,7 +349,7 @@ def wrap_model(run: Run) -> nn.Module:
 
 def finds_unused(run: Run) -> bool:
     """Whether DDP looks for parameters without a gradient in every step."""
-    return run.config.distributed.exact_resume and run.world.size > 2
+    return run.raw_model.skips_parameters or (run.config.distributed.exact_resume and run.world.size > 2)
 
 
 def best_metric(config: Config, task: Task) -> str:

@@ -231,6 +231,13 @@ class Batch:
         targets = None if self.targets is None else self.targets.pin_memory()
         return replace(self, images=self.images.pin_memory(), targets=targets)
 
+    def channels_last(self) -> Batch:
+        """The same images with the channels of a pixel side by side in memory."""
+        if not isinstance(self.images, Tensor):
+            return self
+        flat = self.images.flatten(0, -4).contiguous(memory_format=torch.channels_last)
+        return replace(self, images=flat.unflatten(0, self.images.shape[:-3]))
+
     def split(self, pieces: int) -> list[Batch]:
         """The samples in order as so many batches of nearly equal size, at most one for each sample."""
         count = len(self.samples)

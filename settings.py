@@ -160,6 +160,16 @@ class SAM2Settings:
 
 
 @dataclass
+class ClipSettings:
+    """Which frames and objects of a clip training looks at."""
+
+    frames: int = setting(5, "frames of a training clip", min=1)
+    stride: list[int] = setting([1, 1], "[least, most] distance of them, drawn for each clip", min=1)
+    objects: int = setting(3, "objects of a training clip, at most", min=1)
+    reverse: float = setting(0.5, "probability that time runs backwards", min=0, max=1)
+
+
+@dataclass
 class DataSettings:
     """What is read and how it is varied."""
 
@@ -189,6 +199,7 @@ class DataSettings:
         min=0,
         max=1,
     )
+    clip: ClipSettings = field(default_factory=ClipSettings)
     fold: str = setting(
         "", "k-fold split of the training sets: 0/5, fold 0 of 5 validates; all or all/5, a run for each fold",
         pattern=r"|\d+/\d+|all(/\d+)?",

@@ -240,7 +240,7 @@ def epoch_steps(run: Run) -> Iterator[list[Batch]]:
     for batch in run.clock.batches(run.train_loader):
         batch = batch.to(run.world.device)
         if run.config.train.channels_last:
-            batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+            batch = batch.channels_last()
         micro_batches.append(batch)
         if len(micro_batches) == run.config.train.grad_accum_steps:
             yield micro_batches
@@ -327,7 +327,7 @@ def halve_pieces(run: Run, error: BaseException) -> None:
 
 def name_unused(run: Run) -> None:
     """Once: name the parameters that no gradient reaches. DDP would fail on them a step later, and give numbers."""
-    if run.looked_for_unused:
+    if run.looked_for_unused or run.raw_model.skips_parameters:
         return
     run.looked_for_unused = True
     unused = [name for name, p in run.raw_model.named_parameters() if p.requires_grad and p.grad is None]

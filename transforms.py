@@ -57,6 +57,15 @@ OFFICIAL_INSTANCE: list[dict[str, Any]] = [
 ]
 """RF-DETR's recipe, which is DETR's: of every second picture a part, brought to the model's size, and flip."""
 
+OFFICIAL_VIDEO: list[dict[str, Any]] = [
+    {"name": "HorizontalFlip", "p": 0.5},
+    {"name": "Affine", "p": 1.0, "rotate": [-25, 25], "shear": [-20, 20]},
+    {"name": "ColorJitter", "p": 1.0, "brightness": 0.1, "contrast": 0.03, "saturation": 0.03, "hue": 0},
+    {"name": "ToGray", "p": 0.05},
+]
+"""SAM 2's recipe for fine-tuning (sam2.1_hiera_b+_MOSE_finetune.yaml), without the colours that change from frame to
+frame: flip, turn and shear, brightness, contrast and saturation, and now and then grey, the same through a clip."""
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a list of names to one sample

@@ -66,6 +66,7 @@ class Model(nn.Module):
     stride: int = 1  # height and width of the input must be multiples of it
     encoder: str = ""  # prefix of the names of the pretrained encoder's parameters
     default_size: tuple[int, int] | None = None  # (width, height) of the input that official weights were trained on
+    skips_parameters = False  # whether a step may leave out trainable parameters, for reasons of its own
     official_class_names: Sequence[str] = ()  # of official weights of these settings, where they are published
 
     # --- evaluation -------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class Task:
     demo_specs: tuple[str, str] = ("train", "val")  # the training and the validation set there
     mask: Callable[[Any], np.ndarray] | None = lambda result: result  # result -> (H, W), a grey picture, if it is one
     objects: ObjectOutputs | None = None  # where a result is a list of objects
+    has_clips: bool = False  # whether a sample is a clip, of which training draws some frames
 
     def demo_root(self) -> str:
         """The folder of the demo data, drawn where it is not there yet."""
