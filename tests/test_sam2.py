@@ -482,21 +482,41 @@ def test_frozen_parts_stay_and_single_frames_train() -> None:
     assert model.mask_decoder.mask_tokens.weight.grad.any()
 
 
+class Known:
+    """The true objects of a clip, each seen in some frames."""
+
+    def __init__(self, masks: Tensor):
+        self.object_ids, self.annotated = list(range(len(masks))), [True] * masks.shape[1]
+        self.truth = masks.bool().numpy()
+
+    def visible(self, frame: int) -> list[int]:
+        return [number for number in self.object_ids if self.truth[number, frame].any()]
+
+    def masks(self, frame: int, objects: Any) -> Any:
+        return self.truth[list(objects), frame]
+
+
 @pytest.mark.parametrize("prompt", ["mask", "click", "box"])
-def test_evaluation_follows_objects_from_where_they_appear(model: Any, prompt: str) -> None:
-    model.evaluation_prompt = prompt
-    outputs = model.predict(clip_batch())
-    model.evaluation_prompt = "mask"
-    assert outputs["logits"].shape == (3, 3, 16, 24)
-    assert outputs["scores"].shape == (3, 3)
-    assert (outputs["logits"][1, 0] == ABSENT).all()
-    assert (outputs["logits"][[0, 2], 0] != ABSENT).any()
-    alone = clip_batch()
-    alone.images = alone.images[1:]
-    alone.targets = SimpleNamespace(masks=alone.targets.masks[2:], clips=torch.tensor([0]))
-    model.evaluation_prompt = prompt
-    torch.testing.assert_close(model.predict(alone)["logits"][0], outputs["logits"][2], rtol=1e-3, atol=1e-3)
-    model.evaluation_prompt = "mask"
+def test_evaluation_follows_objects_from_where_they_appear(
+    model: Any, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "evaluation_prompt", prompt)
+    drawn = clip_batch()
+    clips = [Known(drawn.targets.masks[:2]), Known(drawn.targets.masks[2:])]
+
+    def predict(numbers: list[int]) -> dict[str, Any]:
+        targets = SimpleNamespace(originals=[clips[number] for number in numbers])
+        samples = [SimpleNamespace(size=SIZE) for _ in numbers]
+        return model.predict(SimpleNamespace(images=[iter(drawn.images[n]) for n in numbers], targets=targets,
+                                             samples=samples))  # fmt: skip
+
+    outputs = predict([0, 1])
+    assert [logits.shape for logits in outputs["logits"]] == [(2, 3, 16, 24), (1, 3, 16, 24)]
+    assert [scores.shape for scores in outputs["scores"]] == [(2, 3), (1, 3)]
+    assert outputs["prompted"] == [[0, 1], [0]]
+    assert (outputs["logits"][0][1, 0] == ABSENT).all()
+    assert (outputs["logits"][0][0, 0] != ABSENT).any()
+    torch.testing.assert_close(predict([1])["logits"][0], outputs["logits"][1], rtol=1e-3, atol=1e-3)
 
 
 def test_losses_of_parts_of_a_batch_sum_to_those_of_the_whole() -> None:

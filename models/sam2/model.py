@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from models.sam2.prompt_encoder import POSITIVE
 from models.sam2.prompts import RandomUser, boxes_around, center_clicks
 from models.sam2.tracker import Tracker
 from models.sam2.training import segment_clips
+from samples import Masklets
 
 OFFICIAL_WEIGHTS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824"
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder", "memory_attention", "memory_encoder", "object_pointers")
@@ -28,9 +30,10 @@ class Sam2(Sam2Parts):
     Batches have `images` (B, T, 3, H, W) and `targets` with `masks` (N, T, H, W), above 0 on each of the N objects of
     all clips, and `clips` (N,) int64, the clip that each is in. Prompts are drawn from these masks.
 
-    In training the outputs are those of `segment_clips`. In evaluation each object is prompted once, in the first frame
-    that shows it, and followed to the end of its clip: `logits` (N, T, H/4, W/4), −1024 where it is held to be absent
-    and before its first frame, and `scores` (N, T), above 0 where it is held to be present.
+    The outputs are those of `segment_clips`. In evaluation, where `images` are `streams.Streams` of clips of any
+    length, `predict` prompts each object once, in the first frame that shows it, and follows it to the end of its
+    clip: `logits`, −1024 where it is held to be absent and before its first frame, and `scores`, above 0 where it is
+    held to be present.
 
     Images alone, (B, 3, H, W), are segmented as if someone clicked in their middle: `logits` (B, 3, H/4, W/4), `ious`
     (B, 3) and `scores` (B, 1). Prompts of a person go to `Tracker`, or to `without_memory` and `decode`.
@@ -46,6 +49,7 @@ class Sam2(Sam2Parts):
     """
 
     encoder = "image_encoder."
+    skips_parameters = True  # those of prompts that a step does not draw, and one that the official code never reads
     graph_size = (1024, 1024)  # height and width of the images that exported graphs take
 
     def __init__(
@@ -85,10 +89,7 @@ class Sam2(Sam2Parts):
         images: Tensor = getattr(batch, "images", batch)
         if images.ndim == 4:
             return self.segment_middle(images)
-        truth, clips = batch.targets.masks > 0, batch.targets.clips
-        if self.training:
-            return segment_clips(self, images, truth, clips, self.user)
-        return self.follow(images, truth, clips)
+        return segment_clips(self, images, batch.targets.masks > 0, batch.targets.clips, self.user)
 
     def segment_middle(self, images: Tensor) -> dict[str, Tensor]:
         """Three masks for a click in the middle of each image (B, 3, H, W)."""
@@ -99,27 +100,42 @@ class Sam2(Sam2Parts):
         logits, ious, _, scores = self.decode(self.without_memory(features), features, points, multimask=True)
         return {"logits": logits, "ious": ious, "scores": scores}
 
-    def follow(self, images: Tensor, truth: Tensor, clips: Tensor) -> dict[str, Tensor]:
-        """Masks of objects that are prompted once and followed; shapes as in `segment_clips`."""
-        _, num_frames, _, height, width = images.shape
-        first = [there.index(True) if any(there) else -1 for there in truth.flatten(2).any(2).tolist()]
-        logits = torch.full((len(truth), num_frames, height // 4, width // 4), ABSENT, device=images.device)
-        scores = logits[..., 0, 0].clone()
-        for clip, frames in enumerate(images):
-            members = (clips == clip).nonzero()[:, 0].tolist()
-            tracker = Tracker(self, (height, width), num_frames)
-            for t, frame in enumerate(frames):
-                for number in members:
-                    if first[number] == t:
-                        self.prompt_once(tracker, t, frame, number, truth[number, t])
-                for _, numbers, masks in tracker.propagate([(t, frame)] if tracker.objects else []):
-                    logits[numbers, t] = masks[:, 0]
-                    scores[numbers, t] = tracker.scores(t)
-        return {"logits": logits, "scores": scores}
+    @torch.no_grad()
+    def predict(self, batch: Any) -> dict[str, Any]:
+        """As in `Model`; for clips that are streamed `logits` [(n, T, H/4, W/4)], `scores` [(n, T)], both float32 on
+        the host, and `prompted` [[n]], the frames in which the objects were prompted, -1 for none: an entry a clip."""
+        if self.training:
+            raise RuntimeError("predict() needs the model in evaluation mode: call model.eval() first")
+        if isinstance(batch, Tensor) or isinstance(batch.images, Tensor):
+            return super().predict(batch)
+        found: dict[str, list[Any]] = {"logits": [], "scores": [], "prompted": []}
+        for frames, masklets, sample in zip(batch.images, batch.targets.originals, batch.samples, strict=True):
+            for name, value in self.follow(frames, masklets, sample.size).items():
+                found[name].append(value)
+        return found
 
-    def prompt_once(self, tracker: Tracker, frame: int, image: Tensor, number: int, mask: Tensor) -> None:
-        """Prompt an object, as the settings say, from its true mask (H, W)."""
-        truth = mask[None, None]
+    def follow(self, frames: Iterable[Tensor], masklets: Masklets, size: tuple[int, int]) -> dict[str, Any]:
+        """Masks of a clip's objects, each prompted once and followed; see `predict`."""
+        num_objects, num_frames = len(masklets.object_ids), len(masklets.annotated)
+        tracker = Tracker(self, size, num_frames)
+        prompted, scores = [-1] * num_objects, torch.full((num_objects, num_frames), ABSENT)
+        logits: Tensor | None = None
+        for t, frame in enumerate(frames):
+            for number in masklets.visible(t) if masklets.annotated[t] else ():
+                if prompted[number] < 0:
+                    prompted[number] = t
+                    self.prompt_once(tracker, t, frame, number, masklets.masks(t, [number])[0])
+            if logits is None:
+                height, width = frame.shape[-2:]
+                logits = torch.full((num_objects, num_frames, height // 4, width // 4), ABSENT)
+            for _, numbers, masks in tracker.propagate([(t, frame)] if tracker.objects else []):
+                logits[numbers, t] = masks[:, 0].float().cpu()
+                scores[numbers, t] = tracker.scores(t).float().cpu()
+        return {"logits": logits, "scores": scores, "prompted": prompted}
+
+    def prompt_once(self, tracker: Tracker, frame: int, image: Tensor, number: int, mask: np.ndarray) -> None:
+        """Prompt an object, as the settings say, from its true mask (H, W) bool at the clip's own size."""
+        truth = torch.from_numpy(mask)[None, None]
         if self.evaluation_prompt == "mask":
             tracker.add_mask(frame, image, number, mask)
         elif self.evaluation_prompt == "box":

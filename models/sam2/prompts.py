@@ -64,7 +64,8 @@ class RandomUser:
 
     def plan(self, num_frames: int) -> Plan:
         points = chance(1.0 if num_frames == 1 else self.points)
-        prompted = draw(1, min(self.conditioning_frames, num_frames))
+        most = num_frames if points else num_frames - 1  # nothing is predicted where masks are given
+        prompted = draw(1, min(self.conditioning_frames, most))
         order = [0, *(torch.randperm(num_frames - 1) + 1).tolist()]  # the prompted frames come first
         corrected = draw(prompted, max(prompted, min(self.corrected_frames, num_frames))) if points else 0
         return Plan(points, order[:prompted], order[:corrected])
