@@ -7,6 +7,7 @@ renamed in the same instant; torch ignores bytes after the zip. Nothing is ever 
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +27,11 @@ from errors import UserError
 MARK = b"MASKWR01"
 TRAILER = len(MARK) + hashlib.sha256().digest_size
 TEMPORARY = ".partial"
+# What other programs leave beside their weights and does nothing when it is built: options and paths.
+INERT: list[Any] = [argparse.Namespace, SimpleNamespace]
+INERT += [
+    (PurePosixPath, f"{room}.{kind}Path") for room in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")
+]
 RUN_FILES = ("config.yml", "run.json", "train.log", "metrics.jsonl", "metrics.csv", "events.jsonl", "validation.json",
              "report.html", "status.txt")  # fmt: skip
 RUN_FOLDERS = ("pictures", "tensorboard", "comet", "wandb")
@@ -290,7 +297,8 @@ def load_weights(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read the weights {path}: {error.strerror}") from None
     try:
-        content = load(path) if is_ours else torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(INERT):
+            content = load(path) if is_ours else torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -340,6 +342,18 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
                 with pytest.raises(UserError):
                     read(path)
             assert not canary.exists(), f"{name} in {kind} was run"
+
+
+def test_options_beside_weights_are_read(tmp_path: Path) -> None:
+    """RF-DETR's published files hold the command line that they were trained with."""
+    options = {"lr": 1e-4, "class_names": ["disc"], "output_dir": Path("/somewhere/out")}
+    for kind in (argparse.Namespace, SimpleNamespace):
+        torch.save({"model": {"w": torch.ones(2)}, "args": kind(**options)}, tmp_path / "weights.pth")
+        content = load_weights(tmp_path / "weights.pth")
+        assert content["model"]["w"].tolist() == [1, 1]
+        assert {name: str(value) for name, value in vars(content["args"]).items()} == {
+            name: str(value) for name, value in options.items()
+        }
 
 
 def test_load_model_takes_a_run_folder_or_a_file_and_prefers_the_average(tmp_path: Path) -> None:
