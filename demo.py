@@ -6,6 +6,7 @@ objects carry a fine regular pattern where the ground is smooth. Edges are soft,
 
 The semantic data show the same cut-outs, larger and more of them. Which class one is of its pattern alone tells.
 The instance data show more of them still, partly over each other. Which class one is of its shape alone tells.
+In the clips they move, turn and grow, pass over each other, and leave the picture and come back.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from colors import palette
 from errors import UserError
 from samples import IGNORED
 
 VERSION, SEMANTIC_VERSION, INSTANCE_VERSION = 2, 1, 1  # of what is drawn; raise it whenever a pixel changes
-CLASSIFICATION_VERSION = 1
+CLASSIFICATION_VERSION = VIDEO_VERSION = 1
 COUNTS = {"train": 64, "val": 16}
 COUNTS_OF_CLASS = {"train": 48, "val": 12}
+COUNTS_OF_CLIPS = {"train": 12, "val": 4}
+CLIP_LENGTH = 12
 MARKER = "DEMO"  # a file in the folder, written last, that says which drawing it holds
 SUPERSAMPLING = 4
 
@@ -68,6 +72,14 @@ def write_classification_demo(folder: str | os.PathLike[str], *, seed: int = 0) 
     shape in each. Raises as `write_demo`."""
     marker = f"classification version {CLASSIFICATION_VERSION}, seed {seed}\n"
     return _write_once(Path(folder), marker, lambda target: _draw_classes(target, seed))
+
+
+def write_video_demo(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
+    """Draw 12 training and 4 validation clips of 12 frames, 160x120 pixels, in the layout of DAVIS:
+    `<folder>/JPEGImages/<clip>/<number>.jpg`, `<folder>/Annotations/<clip>/<number>.png` with the ids of objects, and
+    the names of the clips in `<folder>/ImageSets/{train,val}.txt`. Raises as `write_demo`."""
+    marker = f"video version {VIDEO_VERSION}, seed {seed}\n"
+    return _write_once(Path(folder), marker, lambda target: _draw_clips(target, seed))
 
 
 def _write_once(folder: Path, marker: str, draw_all: Callable[[Path], None]) -> Path:
@@ -503,3 +515,100 @@ def draw_kind(rng: Generator, shape: Shape, side: int = 96) -> np.ndarray:
     (a, b), (c, d) = ((90, 0.6), (0, 0.45))[:: rng.choice([1, -1])]  # one of them is light, the other dark
     image = opacity * (a + b * objects) + (1 - opacity) * (c + d * ground) + rng.normal(0, 3, ground.shape)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips
+
+
+class Mover(NamedTuple):
+    """An object as it is painted once, and where it is in each frame."""
+
+    colors: np.ndarray  # (side, side, 3) in [0, 255]
+    alpha: np.ndarray  # (side, side) in [0, 1]
+    places: np.ndarray  # (T, 2) x and y of its centre
+    angles: np.ndarray  # (T,) degrees
+    radii: np.ndarray  # (T,) pixels
+
+
+def _draw_clips(folder: Path, seed: int) -> None:
+    (folder / "ImageSets").mkdir()
+    for part, (split, count) in enumerate(COUNTS_OF_CLIPS.items()):
+        names = [f"{split}_{index:02d}" for index in range(count)]
+        (folder / "ImageSets" / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for index, name in enumerate(names):
+            (folder / "JPEGImages" / name).mkdir(parents=True)
+            (folder / "Annotations" / name).mkdir(parents=True)
+            for number, (frame, labels) in enumerate(draw_clip(_stream(seed, part, index), comes_back=index % 2 == 0)):
+                Image.fromarray(frame).save(folder / "JPEGImages" / name / f"{number:05d}.jpg", quality=95)
+                mask = Image.fromarray(labels)
+                mask.putpalette(palette().ravel().tolist())
+                mask.save(folder / "Annotations" / name / f"{number:05d}.png")
+
+
+def draw_clip(
+    rng: Generator, *, comes_back: bool, size: tuple[int, int] = (120, 160)
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Frames (H, W, 3) uint8 RGB and their labels (H, W) uint8: one to three objects, the later over the earlier.
+
+    The ground drifts. All objects are to be seen in the first frame; with `comes_back` the last of several leaves the
+    picture and enters it again.
+    """
+    height, width = size
+    movers: list[Mover] = []
+    covered = np.zeros(size, np.float32)
+    for left in range(int(rng.integers(1 + comes_back, 4)))[::-1]:
+        mover = _draw_mover(rng, covered, comes_back and left == 0)
+        movers.append(mover)
+        covered = np.maximum(covered, _laid(mover, 0, size)[1])
+    margin = 2 * CLIP_LENGTH
+    ground = 40 + 0.45 * paint(draw_palette(rng), smooth_noise(rng, height + 2 * margin, width + 2 * margin))
+    drift = rng.uniform(-2, 2, 2)
+    clip = []
+    for number in range(CLIP_LENGTH):
+        x, y = (round(margin + number * step) for step in drift)
+        image, labels = ground[y : y + height, x : x + width], np.zeros(size, np.uint8)
+        for position, mover in enumerate(movers):
+            colors, alpha = _laid(mover, number, size)
+            shadow = 1 - 0.4 * cv2.GaussianBlur(np.roll(alpha, (2, 1), axis=(0, 1)), (0, 0), 2)
+            image = alpha[:, :, None] * colors + (1 - alpha[:, :, None]) * image * shadow[:, :, None]
+            labels[alpha > 0.5] = position + 1
+        image = image + rng.normal(0, 3, image.shape)
+        clip.append((np.clip(np.rint(image), 0, 255).astype(np.uint8), labels))
+    return clip
+
+
+def _draw_mover(rng: Generator, covered: np.ndarray, comes_back: bool, side: int = 96) -> Mover:
+    """An object that goes straight and turns back at the borders, or leaves to the left or right in between."""
+    (height, width), t = covered.shape, np.linspace(0, 1, CLIP_LENGTH)
+    shape = (_blob, _gear, _letter)[rng.integers(3)]  # nothing that is too fine at this size
+    alpha = draw_shape(rng, shape, np.full(2, side / 2), 0.4 * side, (side, side))
+    colors = 90 + 0.65 * paint(draw_palette(rng), fine_pattern(rng, side, side))
+    radii = rng.uniform(17, 23) * rng.uniform(0.8, 1.4) ** t
+    start = find_place(rng, covered, radii[0])
+    if comes_back:
+        reach = 1.3 * radii.max()
+        way = -reach - start[0] if start[0] < width / 2 else width + reach - start[0]
+        places = start + np.outer(np.sin(np.pi * t), [way, 0]) + np.outer(t, [0, rng.uniform(-15, 15)])
+    else:
+        turn = rng.uniform(0, 2 * np.pi)
+        path = start + np.outer(t, rng.uniform(40, 90) * np.array([np.cos(turn), np.sin(turn)]))
+        places = np.abs(path)  # a border is a mirror
+        places = np.array([width, height]) - np.abs(np.array([width, height]) - places)
+    angles = rng.uniform(0, 360) + rng.uniform(-90, 90) * t
+    return Mover(colors, alpha, places, angles, radii)
+
+
+def _laid(mover: Mover, number: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Colours (H, W, 3) and alpha (H, W) of an object in a frame."""
+    height, width = size
+    side = mover.alpha.shape[0]
+    scale = 2 * mover.radii[number] / (0.4 * side)  # drawn twice as large, then averaged
+    matrix = cv2.getRotationMatrix2D((side / 2, side / 2), mover.angles[number], scale)
+    matrix[:, 2] = matrix[:, 2] + 2 * mover.places[number] - side / 2
+    double = (2 * width, 2 * height)
+    colors, alpha = (
+        cv2.resize(cv2.warpAffine(each, matrix, double, borderMode=mode), (width, height), interpolation=cv2.INTER_AREA)
+        for each, mode in ((mover.colors, cv2.BORDER_REPLICATE), (mover.alpha, cv2.BORDER_CONSTANT))
+    )
+    return colors, alpha

@@ -18,10 +18,12 @@ from readers.instance import InstanceReader, instance_reader, instance_table, ob
 from readers.masks import FinishedMasks
 from readers.semantic import SemanticReader, class_table, pixel_counts, semantic_reader, show_classes
 from readers.splits import limit, split
+from readers.video import ClipReader, video_reader, video_table
 
 __all__ = [
     "BinaryFolders",
     "Cached",
+    "ClipReader",
     "DataError",
     "DatasetSummary",
     "Fault",
@@ -45,4 +47,6 @@ __all__ = [
     "semantic_reader",
     "show_classes",
     "split",
+    "video_reader",
+    "video_table",
 ]

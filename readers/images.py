@@ -58,7 +58,7 @@ def read_alpha(path: str | os.PathLike[str], *, labels: bool = True) -> np.ndarr
     return values * np.uint8(255) if labels and values.max() == 1 else values
 
 
-def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
+def read_labels(path: str | os.PathLike[str], *, what: str = "class ids") -> np.ndarray:
     """Decode a label map into (H, W) uint8 class ids as they stand in the file, upright by its EXIF orientation.
 
     Of a palette the indices are the ids, of grey of any depth the values; three equal channels count as grey.
@@ -68,16 +68,16 @@ def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
     """
     image = _decode(path)
     if image.format in ("JPEG", "MPO", "WEBP"):
-        raise DataError(Fault(os.fspath(path), f"is {image.format}, which changes class ids; save masks as PNG"))
+        raise DataError(Fault(os.fspath(path), f"is {image.format}, which changes {what}; save masks as PNG"))
     values = np.asarray(image)
     if values.ndim == 3:
         channels = np.asarray(image.convert("RGB"))
         if (channels != channels[:, :, :1]).any():
-            problem = "is a coloured picture; a mask holds a class id in each pixel: save it as grey or palette PNG"
+            problem = f"is a coloured picture; the pixels of a mask hold {what}: save it as grey or palette PNG"
             raise DataError(Fault(os.fspath(path), problem))
         return np.ascontiguousarray(channels[:, :, 0])
     if values.max() > 255 or values.min() < 0 or image.mode == "F":
-        problem = f"has {values.dtype} values up to {values.max()}; class ids are whole numbers from 0 to 254"
+        problem = f"has {values.dtype} values up to {values.max()}; {what} are whole numbers from 0 to 254"
         raise DataError(Fault(os.fspath(path), problem))
     return values.astype(np.uint8) // np.uint8(_grey_step(path) if image.mode == "L" else 1)
 
