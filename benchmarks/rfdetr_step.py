@@ -1,4 +1,5 @@
-"""One RF-DETR training step beside that of the official package, its model and its criterion.
+"""One RF-DETR training step beside that of the official package: model, criterion, optimizer and averaged weights, each
+as its own program trains (in float32 the package's AdamW is not fused).
 
     python benchmarks/rfdetr_step.py --variant nano --size 312 --batch_size 2 --objects 5 100 --threads 1
 
@@ -25,18 +26,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from instance_loss import InstanceCriterion
 from models import create_model
 from models.rfdetr.variants import SEGMENTATION
+from optim import build_optimizer
 from samples import InstanceTarget
+from utils import EMA, gradient_norm
 
 Step = Callable[[], None]
 Maker = Callable[[argparse.Namespace], tuple[Step, Step]]
 CLASSES = 90
-LR = 1e-4
+LR, CLIPPED_TO, EMA_DECAY = 1e-4, 0.1, 0.993
 
 
 def main() -> None:
@@ -91,7 +95,7 @@ def timed(step: Step, device: str) -> tuple[float, float]:
 
 
 def ours(options: argparse.Namespace) -> tuple[Step, Step]:
-    """(training step: forward, matching, losses, backward, clipping and update; evaluation forward pass)."""
+    """(training step: forward, matching, losses, backward, clipping, update and average; evaluation forward pass)."""
     model = create_model("rfdetr", variant=options.variant, num_classes=CLASSES).to(options.device).train()
     criterion = InstanceCriterion({"class": 1.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0})
     labels, boxes, masks = objects_of(options)
@@ -102,7 +106,18 @@ def ours(options: argparse.Namespace) -> tuple[Step, Step]:
         counts, labels.flatten(), boxes.flatten(0, 1), maps, torch.arange(options.objects).repeat(options.batch_size)
     )
     batch: Any = SimpleNamespace(images=images_of(options), targets=target.to(options.device))
-    return steps(model, batch.images, lambda: criterion_sum(criterion, model, batch), options)
+    optimizer = build_optimizer(
+        [{"params": list(model.parameters())}], name="adamw", lr=LR, weight_decay=LR, betas=[0.9, 0.999], momentum=0
+    )
+    average, good = EMA(model, EMA_DECAY), torch.ones((), device=options.device)
+
+    def update() -> None:
+        parameters = optimizer.param_groups[0]["params"]
+        torch.nn.utils.clip_grads_with_norm_(parameters, CLIPPED_TO, gradient_norm(parameters))
+        optimizer.step()
+        average.update(model, good)
+
+    return steps(model, batch.images, lambda: criterion_sum(criterion, model, batch), update, options)
 
 
 def criterion_sum(criterion: InstanceCriterion, model: Any, batch: Any) -> torch.Tensor:
@@ -130,23 +145,29 @@ def official(options: argparse.Namespace) -> tuple[Step, Step]:
         losses = criterion(model(images, targets), targets)
         return sum(losses[key] * weight for key, weight in criterion.weight_dict.items() if key in losses)
 
-    return steps(model, images, loss, options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=LR, fused=options.bf16)
+    average = AveragedModel(model, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPED_TO)
+        optimizer.step()
+        average.update_parameters(model)
+
+    return steps(model, images, loss, update, options)
 
 
 def steps(
-    model: Any, images: torch.Tensor, loss: Callable[[], torch.Tensor], options: argparse.Namespace
+    model: Any, images: torch.Tensor, loss: Callable[[], torch.Tensor], update: Step, options: argparse.Namespace
 ) -> tuple[Step, Step]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=LR, fused=True)
     precision = torch.autocast(options.device, torch.bfloat16, enabled=options.bf16)
 
     def train() -> None:
         model.train()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         with precision:
             total = loss()
         total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
+        update()
 
     def evaluate() -> None:
         model.eval()
