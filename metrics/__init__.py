@@ -4,5 +4,6 @@ from metrics.base import Row, StreamingMetric
 from metrics.binary import BinaryMetric
 from metrics.instance import InstanceMetric
 from metrics.semantic import SemanticMetric
+from metrics.video import VideoMetric
 
-__all__ = ["BinaryMetric", "InstanceMetric", "Row", "SemanticMetric", "StreamingMetric"]
+__all__ = ["BinaryMetric", "InstanceMetric", "Row", "SemanticMetric", "StreamingMetric", "VideoMetric"]
