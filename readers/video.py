@@ -126,6 +126,11 @@ class ClipReader(Reader):
         _, clip = self._clips[index]
         return [clip.path, *map(clip.frames.path, range(len(clip.frames))), *clip.files()]
 
+    def frame_names(self, index: int) -> list[str]:
+        """What the frames of a clip are called, without suffixes."""
+        _, clip = self._clips[index]
+        return [Path(clip.frames.path(number)).stem for number in range(len(clip.frames))]
+
     def weight_of(self, dataset: str) -> float:
         return self.sets[dataset].weight
 
