@@ -8,6 +8,9 @@ at the end, and the others go on. From Python:
     predictor = Predictor(*load_model(Path("runs/my_run")), tta=[1.0])
     for frame, result in predictor.stills(ImageList(["photos"])):
         ...  # result: (H, W) uint8 at the picture's own size, or instances.Detections, or a Fault
+
+SAM 2 follows objects through videos and folders of frames from prompts (prompting.py says how they are given), and
+finds everything in pictures without prompts.
 """
 
 from __future__ import annotations
@@ -26,26 +29,29 @@ if __name__ == "__main__":
     answer_at_once(usage, ACTIONS, InferenceSettings)
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
 from tqdm import tqdm
 
+from automatic import segment_everything
 from checkpoint import load_model
+from clip_inference import DRAWN, Follower, follow_inputs
 from dataset import normalize
 from predict import predict, predict_tiled
+from prompting import Prompts, read_prompts
 from readers import DataError, Fault, ImageList, Reader
 from samples import Batch, Sample, SampleInfo, Size
+from streams import ahead, resized
 from tasks import Task, get_task
 from transforms import content_share, resize
 from utils import choose_precision, loading_workers, pick_device
@@ -63,26 +69,16 @@ SUFFIXES = {
     "crops": ".png",
 }  # of what images become
 
-T = TypeVar("T")
-R = TypeVar("R")
-
 
 def run(settings: InferenceSettings) -> list[Fault]:
     """Predict and write everything; returns what could not be done, by input file. `UserError` before that."""
     silence_opencv()
+    prompts = read_prompts(settings.prompts, points=settings.point, boxes=settings.box, frame=settings.frame)
     images, output = list_inputs(settings), Path(settings.output)
-    predictor = Predictor(
-        *load_model(Path(settings.checkpoint)),
-        size=settings.size,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        mixed_precision=settings.mixed_precision,
-        tta=settings.scales,
-        tile=settings.tile,
-        overlap=settings.overlap,
-        threshold=settings.threshold,
-        top_k=settings.top_k,
-    )
+    predictor = make_predictor(settings, prompts)
+    if isinstance(predictor, EverythingPredictor) and images.videos:
+        path = next(iter(images.videos.values()))
+        raise UserError(f"{path} needs prompts for what is to be followed: --point, --box or --prompts")
     task = predictor.task
     if settings.crops and not task.objects:
         raise UserError(f"--crops are of objects, and the task {task.name} finds none; leave it out")
@@ -90,6 +86,11 @@ def run(settings: InferenceSettings) -> list[Fault]:
         raise UserError(f"--cutout needs masks that are alpha, but those of the task {task.name} are not; leave it out")
     kinds = kinds_of(settings, task)
     prepare_output(output, kinds, settings, images)
+    if task.has_clips:
+        follower = Follower(
+            predictor.model, size=predictor.size, device=predictor.device, precision=predictor.precision
+        )
+        return follow_inputs(settings, follower, images, prompts, [kind for kind in kinds if kind in DRAWN])
     draw = partial(draw_outputs, task=task, kinds=kinds, class_names=predictor.class_names)
     with ExitStack() as files:
         note = partial(noted, predictor=predictor, output=output, lists={}, files=files)
@@ -105,6 +106,35 @@ def run(settings: InferenceSettings) -> list[Fault]:
             except FormatError as error:
                 faults.append(Fault(path, str(error)))
     return faults
+
+
+def make_predictor(settings: InferenceSettings, prompts: Prompts) -> Predictor:
+    """The model and how it is to be asked; a `UserError` for what it cannot do."""
+    model, meta = load_model(Path(settings.checkpoint))
+    options: dict[str, Any] = {
+        "size": settings.size,
+        "batch_size": settings.batch_size,
+        "device": settings.device,
+        "mixed_precision": settings.mixed_precision,
+        "threshold": settings.threshold,
+        "top_k": settings.top_k,
+    }
+    follows = get_task(meta["task"]).has_clips
+    if (prompts and not follows) or (settings.annotate != "none" and not prompts):
+        raise UserError("--prompts, --point and --box are for models of the task video, and --annotate needs them: "
+                        f"this is one of the task {meta['task']}")  # fmt: skip
+    if follows and (settings.tta or settings.tile):
+        raise UserError("--tta and --tile are not for models of the task video; leave them out")
+    if follows and not prompts:
+        return EverythingPredictor(
+            model,
+            meta,
+            points_per_side=settings.points_per_side,
+            predicted_iou=settings.predicted_iou,
+            stability=settings.stability,
+            **options,
+        )
+    return Predictor(model, meta, tta=settings.scales, tile=settings.tile, overlap=settings.overlap, **options)
 
 
 def noted(
@@ -158,7 +188,8 @@ def list_inputs(settings: InferenceSettings) -> ImageList:
 
 def kinds_of(settings: InferenceSettings, task: Task) -> list[str]:
     """What is written of each picture, by the names of the folders."""
-    asked = {"colors": settings.colors and task.has_colors, "cutouts": settings.cutout, "overlays": settings.overlay,
+    has_colors = task.has_colors and not task.has_clips  # those of clips are in the masks' own palette
+    asked = {"colors": settings.colors and has_colors, "cutouts": settings.cutout, "overlays": settings.overlay,
              "side_by_side": settings.side_by_side, "crops": settings.crops}  # fmt: skip
     return [*(["masks"] if task.mask else []), *(kind for kind, is_asked in asked.items() if is_asked)]
 
@@ -331,6 +362,42 @@ class Predictor:
         return predict(self.model, batch.to(self.device), self.tta)
 
 
+class EverythingPredictor(Predictor):
+    """A SAM 2 without prompts, which finds all objects in a picture as an instance model does, of one class.
+
+    Args:
+        points_per_side, predicted_iou, stability: see `segment_everything`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        meta: dict[str, Any],
+        *,
+        points_per_side: int = 32,
+        predicted_iou: float = 0.8,
+        stability: float = 0.95,
+        **options: Any,
+    ):
+        super().__init__(model, {**meta, "task": "instance", "class_names": ["object"], "file_ids": [1]}, **options)
+        self.find = partial(
+            segment_everything, points_per_side=points_per_side, predicted_iou=predicted_iou, stability=stability
+        )
+
+    def prepared(self, sample: Sample) -> Frame:
+        """As the official image predictor reads a picture: antialiased."""
+        picture = sample.frames[0]
+        info = SampleInfo(sample.sample_id, sample.path, sample.dataset, (picture.shape[0], picture.shape[1]))
+        small = resized(picture, self.size, InterpolationMode.BILINEAR)
+        return Frame(info, picture, inputs=normalize(small[None], self.statistics)[0])
+
+    def results_of(self, frames: list[Frame]) -> Iterator[Result | Fault]:
+        for frame in frames:
+            assert frame.inputs is not None
+            with self.precision.autocast():
+                yield self.find(self.model, frame.inputs.to(self.device), frame.info.size)
+
+
 def input_size(size: Sequence[int], stride: int) -> Size:
     """(height, width) from [width, height] or one number; both must suit the model."""
     both = list(size) * 2 if len(size) == 1 else list(size)
@@ -345,25 +412,6 @@ def whole_statistics(picture: np.ndarray) -> tuple[float, float]:
     mean = means.mean()
     variance = (deviations**2 + means**2).mean() - mean**2
     return mean / 255, max(0.0, variance) ** 0.5 / 255
-
-
-def ahead(work: Callable[[T], R], items: Iterable[T], threads: int, depth: int) -> Iterator[R]:
-    """`map(work, items)`, in order, on threads; at most `depth` results wait to be asked for. Without threads a `map`.
-
-    Items are taken by who asks, on whose thread an iterator within thus runs: one of these before the model and one
-    after it decode, predict and write at once, in bounded memory.
-    """
-    if not threads:
-        yield from map(work, items)
-        return
-    waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 # ---------------------------------------------------------------- pictures of masks to disk

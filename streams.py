@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,28 @@ from torchvision.transforms.v2.functional import resize
 from samples import Size
 
 AHEAD = 4  # frames that are decoded before they are asked for
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ahead(work: Callable[[T], R], items: Iterable[T], threads: int, depth: int) -> Iterator[R]:
+    """`map(work, items)`, in order, on threads; at most `depth` results wait to be asked for. Without threads a `map`.
+
+    Items are taken by who asks, on whose thread an iterator within thus runs: one of these before the model and one
+    after it decode, predict and write at once, in bounded memory.
+    """
+    if not threads:
+        yield from map(work, items)
+        return
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class FrameStream:
@@ -36,22 +58,15 @@ class FrameStream:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """All frames in order; the next ones are decoded on another thread meanwhile."""
-        waiting: deque[Any] = deque()
-        with ThreadPoolExecutor(1) as pool:
-            for number in range(len(self)):
-                waiting.append(pool.submit(self.__getitem__, number))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        return ahead(self.__getitem__, range(len(self)), 1, AHEAD)
 
 
-def resized(frame: np.ndarray, size: Size) -> np.ndarray:
-    """(H, W, 3) uint8 at another size."""
+def resized(frame: np.ndarray, size: Size, how: InterpolationMode = InterpolationMode.BICUBIC) -> np.ndarray:
+    """(H, W, 3) uint8 at another size, antialiased."""
     if frame.shape[:2] == tuple(size):
         return frame
     planes = torch.from_numpy(frame).permute(2, 0, 1)
-    return resize(planes, list(size), InterpolationMode.BICUBIC, antialias=True).permute(1, 2, 0).numpy()
+    return resize(planes, list(size), how, antialias=True).permute(1, 2, 0).numpy()
 
 
 class Streams:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import zlib
 from collections.abc import Iterator
 
 import cv2
@@ -12,6 +14,7 @@ import numpy as np
 from readers import DataError, Fault
 
 DEFAULT_RATE = 25.0  # frames a second where a file does not say
+CHUNK_FRAMES, CHUNK_BYTES = 64, 2**27  # that are decoded together to be read backwards
 
 
 class VideoReader:
@@ -34,6 +37,11 @@ class VideoReader:
         self.rate = rate if math.isfinite(rate) and rate > 0 else DEFAULT_RATE
         self.count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
 
+    def seek(self, number: int) -> VideoReader:
+        """Go on with this frame, or with one near it: that is up to the container."""
+        self._capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+        return self
+
     def __iter__(self) -> Iterator[np.ndarray]:
         seconds = 0.0
         while True:
@@ -47,6 +55,54 @@ class VideoReader:
         if seconds == 0 or announced - seconds > min(1, announced / 10):
             problem = f"is damaged or cut off: it ends after {seconds:.2f} of {announced:.2f} seconds"
             raise DataError(Fault(self.path, problem))
+
+
+class Backwards:
+    """The frames of a video before the one numbered `stop`, the last one first, a few of them in memory.
+
+    They are decoded again, and containers are not to be trusted with a place in time: a seek often ends some frames
+    off. So a pass from the start notes a checksum of each frame, and where a seek does not lead to these very frames,
+    they are decoded from the start on once more.
+
+    Raises:
+        DataError: in the iteration, for a file that does not give the same frames twice, or has fewer.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], stop: int):
+        self.path, self.stop, self.can_seek = os.fspath(path), stop, True
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        self._sums = [checksum(frame) for frame in itertools.islice(VideoReader(self.path), self.stop)]
+        stop, length = self.stop, 1  # of a chunk, until the size of a frame is known
+        while stop:
+            start = max(0, stop - length)
+            frames = self._frames(start, stop)
+            length = int(np.clip(CHUNK_BYTES // frames[0].nbytes, 1, CHUNK_FRAMES))
+            while frames:
+                yield frames.pop()
+            stop = start
+
+    def _frames(self, start: int, stop: int) -> list[np.ndarray]:
+        if self.can_seek:
+            try:
+                frames = list(itertools.islice(VideoReader(self.path).seek(start), stop - start))
+            except DataError:  # it led to the end
+                frames = []
+            if self._are(frames, start, stop):
+                return frames
+            self.can_seek = False
+        frames = list(itertools.islice(VideoReader(self.path), start, stop))
+        if not self._are(frames, start, stop):
+            raise DataError(Fault(self.path, "does not give the same frames twice; has it just been changed?"))
+        return frames
+
+    def _are(self, frames: list[np.ndarray], start: int, stop: int) -> bool:
+        return len(frames) == stop - start and [checksum(frame) for frame in frames] == self._sums[start:stop]
+
+
+def checksum(frame: np.ndarray) -> int:
+    """Of a frame, to tell it from others."""
+    return zlib.crc32(frame.data)
 
 
 def silence_opencv() -> None:

@@ -10,14 +10,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from checkpoint import TEMPORARY
+from colors import palette
 from errors import UserError
 
 TO_OPENCV = {2: cv2.COLOR_GRAY2BGR, 3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
@@ -38,16 +41,31 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
     is_encoded, encoded = cv2.imencode(path.suffix, pixels, options)
     if not is_encoded:  # JPEG ends at 65500 pixels a side
         raise FormatError(f"is too large for a {path.suffix} file: {pixels.shape[1]}x{pixels.shape[0]}")
+    write_whole(path, encoded.tobytes())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file and the folders above it, atomically; `UserError` where nothing can be written."""
     temporary = path.with_name(path.name + TEMPORARY)
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(encoded.tobytes())
+            temporary.write_bytes(content)
             os.replace(temporary, path)
         except OSError:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def write_palette(path: Path, labels: np.ndarray) -> None:
+    """A label map (H, W) uint8 as a PNG whose pixels are the labels and whose colours tell them apart, as those of
+    DAVIS and PASCAL VOC; atomically. `UserError` where nothing can be written."""
+    picture = Image.fromarray(labels, "L").convert("P")
+    picture.putpalette(palette().ravel().tolist())
+    content = BytesIO()
+    picture.save(content, "PNG")
+    write_whole(path, content.getvalue())
 
 
 @contextmanager
@@ -139,6 +157,8 @@ class VideoWriter:
 class FrameFolder:
     """Frames as 000001.png and so on in a folder, like `VideoWriter`; those of an earlier video there are replaced."""
 
+    pattern = "[0-9]" * 6 + ".png"  # of what is replaced
+
     def __init__(self, path: Path):
         self.path, self.count = path, 0
         self._temporary = path.with_name(path.name + TEMPORARY)
@@ -155,8 +175,24 @@ class FrameFolder:
         if kind is None:
             with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                for earlier in self.path.glob("[0-9]" * 6 + ".png"):
+                for earlier in self.path.glob(self.pattern):
                     earlier.unlink()
                 for frame in self._temporary.iterdir():
                     os.replace(frame, self.path / frame.name)
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+class LabelFolder(FrameFolder):
+    """Label maps (H, W) uint8 by the names of frames, in any order, as palette PNGs; to be read again meanwhile. It
+    takes the place of all .png files there."""
+
+    pattern = "*.png"
+
+    def __enter__(self) -> LabelFolder:
+        return self
+
+    def put(self, name: str, labels: np.ndarray) -> None:
+        write_palette(self._temporary / f"{name}.png", labels)
+
+    def get(self, name: str) -> np.ndarray:
+        return np.array(Image.open(self._temporary / f"{name}.png"))
