@@ -226,7 +226,9 @@ def mixing_ways(config: Config, task: Task) -> dict[str, float]:
 
 def build_metric(config: Config, task: Task, class_names: Sequence[str], names: Sequence[str] = ()) -> Any:
     """A fresh metric of the task, with the scores that are asked for beside its own."""
-    options = MetricOptions(getattr(config.model, "masks", True), config.evaluation.max_detections)
+    options = MetricOptions(
+        getattr(config.model, "masks", True), config.evaluation.max_detections, config.evaluation.convention
+    )
     return task.metric(names or config.evaluation.metrics, class_names, options)
 
 

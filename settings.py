@@ -365,6 +365,10 @@ class EvaluationSettings:
     tta: bool = setting(False, "test-time augmentation: average over tta_scales and their mirror images")
     tta_scales: list[float] = setting([0.75, 1.0, 1.25], "scales of tta; 1 alone is a flip alone", min=0.1, max=4)
     max_detections: int = setting(100, "instance: objects of an image that are scored, the surest", min=1)
+    convention: Literal["sav", "davis"] = setting(
+        "sav",
+        "video: score objects from their first frame on (sav, as MOSE), or those of the first frame alone (davis)",
+    )
 
     @property
     def scales(self) -> list[float]:
@@ -530,9 +534,11 @@ class EvaluateSettings:
         verbatim=True,
     )  # fmt: skip
     ground_truth: str = setting(
-        "", "the truth of --predictions: a folder of masks, a data set with gt/, or a COCO .json for COCO results"
+        "", "the truth of --predictions: a folder of masks, a data set with gt/, one of clips, or a COCO .json"
     )
-    resize_predictions: bool = setting(False, "bring masks of another size than the truth to its size (bilinear)")
+    resize_predictions: bool = setting(
+        False, "bring masks of another size than the truth to its size (bilinear, label maps by nearest neighbour)"
+    )
     compare: list[str] = setting(
         [], "two checkpoints, or with --ground_truth two folders of masks: is the second better?", verbatim=True
     )
@@ -541,6 +547,9 @@ class EvaluateSettings:
     output_samples: str = setting("", "a .csv file for the scores of every sample")
     output_results: str = setting(
         "", "instance: write the objects as COCO results, to this path with _bbox.json and _segm.json added"
+    )
+    output_masks: str = setting(
+        "", "video: a folder for <clip>/<frame>.png, label maps as servers of benchmarks take them"
     )
 
 
@@ -576,6 +585,25 @@ class InferenceSettings:
     top_k: int = setting(100, "instance: at most so many objects of a picture", min=1)
     crops: bool = setting(False, "instance: write crops/<name>/<number>_<class>.png, each object in its box")
     num_workers: int = setting(-1, "decoding threads; -1: cores, at most 8", min=-1)
+    prompts: str = setting(
+        "", "video: .json of the objects to follow; without prompts everything in a picture is found"
+    )
+    point: list[str] = setting(
+        [],
+        "video: x,y on an object, x,y,0 beside it, in pixels; 2:x,y for the object 2; may be repeated",
+        verbatim=True,
+    )
+    box: list[str] = setting([], "video: left,top,right,bottom of an object, 2:… for the object 2", verbatim=True)
+    frame: int = setting(0, "video: the frame of point and box, counted from 0", min=0)
+    points_per_side: int = setting(
+        32, "video, without prompts: of the grid of points at which is looked", min=1, max=256
+    )
+    predicted_iou: float = setting(0.8, "video, without prompts: least quality of a mask by the model", min=0, max=1)
+    stability: float = setting(0.95, "video, without prompts: least stability of a mask", min=0, max=1)
+    annotate: Literal["none", "binary", "semantic", "instance"] = setting(
+        "none", "video: also write the frames and what was found there as training data of this task, in annotations/"
+    )
+    annotate_every: int = setting(1, "of how many frames of a clip one is annotated", min=1)
 
     @property
     def scales(self) -> list[float]:

@@ -8,18 +8,15 @@ from tasks.binary import BINARY
 from tasks.classification import CLASSIFICATION
 from tasks.instance import INSTANCE
 from tasks.semantic import SEMANTIC
+from tasks.video import VIDEO
 
 __all__ = ["TASKS", "MetricOptions", "Scored", "Task", "get_task"]
 
-TASKS = {task.name: task for task in (BINARY, SEMANTIC, INSTANCE, CLASSIFICATION)}
+TASKS = {task.name: task for task in (BINARY, SEMANTIC, INSTANCE, VIDEO, CLASSIFICATION)}
 
 
 def get_task(name: str) -> Task:
     """The row of a task; an unknown name is a `UserError`."""
-    if name == "video":
-        raise UserError(
-            "the task video has only its model so far, models.create_model('sam2'): no command trains or runs it"
-        )
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}")
     return TASKS[name]

@@ -20,6 +20,7 @@ class MetricOptions:
 
     has_masks: bool = True  # whether the model's objects have more than boxes
     max_detections: int = 100  # of an image, that are scored
+    convention: str = "sav"  # which frames of a clip are scored
 
 
 @dataclass(frozen=True)
