@@ -10,6 +10,7 @@ import json
 import os
 import reprlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,10 @@ _abridged = reprlib.Repr()  # names values of a json in a sentence, whatever the
 _abridged.maxstring = _abridged.maxother = 100
 shown = _abridged.repr
 
+# What those who link the objects of clips call a frame's number and an object (MMTracking, TAO, BDD100K and others).
+NUMBERS = ("frame_id", "frame_index", "frame_number")
+TRACKS = ("track_id", "instance_id", "object_id")
+
 MAX_OUTLINE = 4_000_000  # pixels along one polygon; pycocotools takes 80 bytes of memory for each
 
 
@@ -39,6 +44,7 @@ class CocoAnnotation:
     segmentation: Any  # as the json has it; see `to_rle`
     bbox: Any  # as the json has it, too
     area: Any
+    track: Any = None  # as the json has it: what the object is called in all images of its clip
 
 
 @dataclass(slots=True)
@@ -48,6 +54,9 @@ class CocoImage:
     name: str  # file_name without its suffix
     size: Size | None  # as the json says
     rows: tuple[int, int] = (0, 0)  # of the file's annotations in the order of their images
+    objects: int = 0  # of these, without the crowds
+    video: Id | None = None  # the clip that it is a frame of
+    number: int | None = None  # there
 
 
 class CocoFile:
@@ -94,7 +103,8 @@ class CocoFile:
             number, category, crowd = shown(row.get("id")), row.get("category_id"), bool(row.get("iscrowd", 0))
             if is_id(category) and category in self.categories:
                 outline, box, area = (row.get(key) for key in ("segmentation", "bbox", "area"))
-                found.append(CocoAnnotation(number, category, crowd, outline, box, area))
+                track = next((row[key] for key in TRACKS if row.get(key) is not None), None)
+                found.append(CocoAnnotation(number, category, crowd, outline, box, area, track))
             else:
                 problem = f"annotation {number} in {self.path} has the unknown category {shown(category)}"
                 faults.append(Fault(image.path, problem))
@@ -126,6 +136,7 @@ class _Listing:
         self._absent: list[str] = []  # names of images that are nowhere
         self._owners: dict[Id, int] = {}  # ids of images, numbered as annotations name them
         self._owner, self._start, self._length = array("q"), array("q"), array("q")  # of annotations
+        self._objects: Counter[Id] = Counter()  # annotations of each image, crowds not counted
 
     def scan(self) -> None:
         """Take in the whole file."""
@@ -173,7 +184,7 @@ class _Listing:
             return
         self._names.add(name)
         path = self._locate(file_name)
-        self.images[number] = CocoImage(number, path, name, _size_in(element.value)) if path else None
+        self.images[number] = _image(number, path, name, element.value) if path else None
         if path == "":
             self._absent.append(file_name)
 
@@ -208,6 +219,7 @@ class _Listing:
         self._owner.append(self._owners.setdefault(owner, len(self._owners)))
         self._start.append(element.start)
         self._length.append(element.length)
+        self._objects[owner] += not element.value.get("iscrowd", 0)
 
     def report_stray(self, row: dict[str, Any], image_id: Any, others: int = 0) -> None:
         more = f"; so are {others} more" if others else ""
@@ -222,6 +234,7 @@ class _Listing:
             image = self.images.get(image_id)
             if image is not None:
                 image.rows = self._bounds[position], self._bounds[position + 1]
+                image.objects = self._objects[image_id]
         return np.stack([np.array(self._start), np.array(self._length)], axis=1).astype(np.int64)[order]
 
     def strays(self) -> Iterator[tuple[Id, tuple[int, int]]]:
@@ -245,6 +258,11 @@ def _folders(path: Path, images: Path | None) -> list[Path]:
 
 def is_id(value: Any) -> TypeGuard[Id]:
     return type(value) in (int, str)
+
+
+def _image(number: Id, path: str, name: str, row: dict[str, Any]) -> CocoImage:
+    video, place = row.get("video_id"), next((row[key] for key in NUMBERS if type(row.get(key)) is int), None)
+    return CocoImage(number, path, name, _size_in(row), video=video if is_id(video) else None, number=place)
 
 
 def _size_in(row: dict[str, Any]) -> Size | None:

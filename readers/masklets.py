@@ -6,22 +6,29 @@ All of it is small and can be pickled, as long as the files stay where they are.
 from __future__ import annotations
 
 import os
+import threading
+from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from readers.base import DataError, Fault
-from readers.images import read_image, read_labels
-from samples import Size
-
-MAX_IDS = 254  # of a label map: 0 is the ground, 255 is void
+from readers.images import read_alpha, read_image, read_labels
+from samples import Rle, Size
 
 Seen = tuple[int, ...] | None  # the places of objects that a frame shows; None where nobody has looked
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames
+
+
 class FrameFiles(Sequence[np.ndarray]):
-    """Pictures of one folder, (H, W, 3) uint8 RGB each."""
+    """Pictures below one folder, (H, W, 3) uint8 RGB each."""
 
     def __init__(self, folder: str, names: Sequence[str]):
         self.folder, self.names = folder, tuple(names)
@@ -36,7 +43,103 @@ class FrameFiles(Sequence[np.ndarray]):
         return os.path.join(self.folder, self.names[number])
 
 
-class SeenMasklets:
+class FilmFrames(Sequence[np.ndarray]):
+    """The frames of a video file in any order, (H, W, 3) uint8 RGB each, upright.
+
+    The times of all frames, which one pass over the file collects, tell whether a jump has met the frame that it was
+    meant to; where it has not, the file is decoded from its beginning. Going forward costs no jumps. The file is open
+    from the first frame on, until the object goes; copies open it anew.
+
+    Raises:
+        DataError: no video, one without a frame, or one that is cut off.
+    """
+
+    NEAR = 32  # frames that are rather skipped than jumped over
+
+    def __init__(self, file: str):
+        self.file = file
+        self.times = self._scan()
+        self._close()
+
+    def _scan(self) -> array[float]:
+        """The time of each frame in milliseconds."""
+        capture = self._open()
+        rate, count = capture.get(cv2.CAP_PROP_FPS) or 25.0, max(0.0, capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        times = array("d")
+        while capture.grab():
+            times.append(capture.get(cv2.CAP_PROP_POS_MSEC))
+        length, announced = (times[-1] / 1000 + 1 / rate if times else 0.0), count / rate
+        if not times or announced - length > min(1, announced / 10):  # in time: some containers guess the count
+            raise self._error(f"is damaged or cut off: it ends after {length:.2f} of {announced:.2f} seconds")
+        return times
+
+    def _open(self) -> cv2.VideoCapture:
+        capture = cv2.VideoCapture(self.file, cv2.CAP_FFMPEG)
+        if not capture.isOpened():
+            raise self._error("cannot be read as a video" if os.path.isfile(self.file) else "does not exist")
+        return capture
+
+    def _error(self, problem: str) -> DataError:
+        return DataError(Fault(self.file, problem))
+
+    def _close(self) -> None:
+        self._capture: cv2.VideoCapture | None = None
+        self._next = 0  # the frame that would be decoded next
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> tuple[str, array[float]]:
+        return self.file, self.times
+
+    def __setstate__(self, state: tuple[str, array[float]]) -> None:
+        self.file, self.times = state
+        self._close()
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def __getitem__(self, number: Any) -> Any:
+        number = range(len(self))[number]
+        with self._lock:
+            if self._capture is None or not self._next <= number <= self._next + self.NEAR:
+                self._jump(number)
+            frame = self._decode(number)
+            if frame is None:  # the jump went elsewhere
+                self._capture, self._next = self._open(), 0
+                frame = self._decode(number)
+        if frame is None:
+            raise self._error(f"frame {number} cannot be decoded; the file has changed, or is damaged there")
+        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+    def _jump(self, number: int) -> None:
+        if self._capture is None:
+            self._capture, self._next = self._open(), 0
+        if not self._next <= number <= self._next + self.NEAR:
+            self._capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+            self._next = number
+
+    def _decode(self, number: int) -> np.ndarray | None:
+        """The frame, from where the file stands on."""
+        assert self._capture is not None
+        while self._next < number:
+            self._capture.grab()
+            self._next += 1
+        is_read, frame = self._capture.read()
+        self._next += 1
+        is_meant = abs(self._capture.get(cv2.CAP_PROP_POS_MSEC) - self.times[number]) < 0.5
+        return frame if is_read and is_meant else None
+
+    def path(self, number: int) -> str:
+        return self.file
+
+
+Frames = FrameFiles | FilmFrames
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+class SeenMasklets(ABC):
     """`samples.Masklets` of which it is known beforehand what each frame shows; subclasses know the masks."""
 
     def __init__(self, object_ids: Sequence[int], seen: Sequence[Seen]):
@@ -46,8 +149,8 @@ class SeenMasklets:
     def visible(self, frame: int) -> list[int]:
         return list(self.seen[frame] or ())
 
-    def masks(self, frame: int, objects: Sequence[int]) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def masks(self, frame: int, objects: Sequence[int]) -> np.ndarray: ...
 
 
 class LabelMasklets(SeenMasklets):
@@ -64,40 +167,54 @@ class LabelMasklets(SeenMasklets):
         return labels == np.array([self.values[place] for place in objects], np.uint8)[:, None, None]
 
 
+class FileMasklets(SeenMasklets):
+    """A mask file, black and white, for each object in each annotated frame; where there is none, the frame does not
+    show the object."""
+
+    def __init__(self, files: Sequence[Sequence[str]], size: Size, object_ids: Sequence[int], seen: Sequence[Seen]):
+        super().__init__(object_ids, seen)
+        self.files, self.size = files, size  # files[frame][object], "" where there is none
+
+    def masks(self, frame: int, objects: Sequence[int]) -> np.ndarray:
+        masks = np.zeros((len(objects), *self.size), bool)
+        for row, place in enumerate(objects):
+            if self.files[frame][place]:
+                masks[row] = read_mask(self.files[frame][place], self.size)
+        return masks
+
+
+class CodeMasklets(SeenMasklets):
+    """Run-length codes of what each frame shows, in the order of `seen`."""
+
+    def __init__(self, codes: Sequence[Sequence[bytes]], size: Size, object_ids: Sequence[int], seen: Sequence[Seen]):
+        super().__init__(object_ids, seen)
+        self.codes, self.size = codes, size
+
+    def masks(self, frame: int, objects: Sequence[int]) -> np.ndarray:
+        found = dict(zip(self.visible(frame), self.codes[frame], strict=True))
+        return drawn([found.get(place) for place in objects], self.size)
+
+
+def drawn(codes: Sequence[bytes | None], size: Size) -> np.ndarray:
+    """(n, H, W) bool masks of run-length codes, empty where there is none."""
+    masks = np.zeros((len(codes), *size), bool)
+    for row, code in enumerate(codes):
+        if code is not None:
+            rle: Rle = {"size": list(size), "counts": code}
+            masks[row] = coco_mask.decode(rle)
+    return masks
+
+
 def read_ids(path: str) -> np.ndarray:
     """A mask (H, W) uint8 whose pixels hold the ids of objects, 0 where there is none; see `images.read_labels`."""
     return read_labels(path, what="object ids")
 
 
-def look_through(folder: str, names: Sequence[str], size: Size) -> tuple[LabelMasklets, list[Fault]]:
-    """The objects of a clip's label maps, named by frame, nothing where there is none; and what is wrong with them.
-
-    Where nothing has another value than 0 and 255, 255 is the object 1 (DAVIS 2016); beside ids it is void, which
-    belongs to no object.
-    """
-    found: list[np.ndarray | None] = []
-    faults: list[Fault] = []
-    for name in names:
-        values = None
-        if name:
-            try:
-                values = _values(os.path.join(folder, name), size)
-            except DataError as error:
-                faults.append(error.fault)
-        found.append(values)
-    present = np.unique(np.concatenate([np.zeros(0, np.int64), *(values for values in found if values is not None)]))
-    values = present[(present > 0) & (present <= MAX_IDS)]
-    object_ids = values
-    if not len(values) and 255 in present:
-        values, object_ids = np.array([255]), np.array([1])
-    seen = [None if each is None else tuple(np.flatnonzero(np.isin(values, each)).tolist()) for each in found]
-    return LabelMasklets(folder, names, values.tolist(), object_ids.tolist(), seen), faults
-
-
-def _values(path: str, size: Size) -> np.ndarray:
-    labels = read_ids(path)
-    check_size(path, labels, size)
-    return np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
+def read_mask(path: str, size: Size) -> np.ndarray:
+    """A mask (H, W) bool of one object; see `images.read_alpha`."""
+    mask = read_alpha(path) > 127
+    check_size(path, mask, size)
+    return mask
 
 
 def check_size(path: str, picture: np.ndarray, size: Size) -> None:
@@ -106,3 +223,38 @@ def check_size(path: str, picture: np.ndarray, size: Size) -> None:
     if (height, width) != (first_height, first_width):
         problem = f"is {width}x{height}, the first frame of its clip {first_width}x{first_height} (upright)"
         raise DataError(Fault(path, problem))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips
+
+
+class Clip(ABC):
+    """One clip as it was listed, nothing of it decoded."""
+
+    def __init__(self, name: str, path: str):
+        self.name, self.path = name, path
+
+    @abstractmethod
+    def frames(self) -> Frames:
+        """Its frames; a `DataError` where there are none."""
+
+    @abstractmethod
+    def learn(self, frames: Frames, size: Size) -> tuple[SeenMasklets, list[Fault]]:
+        """Decode all masks, which should be of this size: the objects, and what is wrong with their masks."""
+
+    @abstractmethod
+    def files(self) -> list[str]:
+        """All that it is read from, by the paths that faults have."""
+
+
+class ClipSet:
+    """One data set as it was listed."""
+
+    def __init__(self, name: str, weight: float = 1.0):
+        self.name, self.weight = name, weight
+        self.clips: list[Clip] = []
+        self.faults: list[Fault] = []
+
+    def fault(self, path: str | os.PathLike[str], problem: str) -> None:
+        self.faults.append(Fault(os.fspath(path), problem))
