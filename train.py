@@ -21,6 +21,7 @@ from errors import STOPPED, TryAgain, UserError, is_out_of_memory, run_command
 ACTIONS = {
     "print_config": "print the resolved configuration and stop",
     "create_config [FILE]": "write it to FILE (config.yml) with every key documented, and stop",
+    "from_ancestor FILE [PRESET]": "write a preset that continues another program's settings or checkpoint, and stop",
     "check_data": "decode all data, list every fault, and stop",
     "preview": "write a contact sheet of augmented samples, and stop",
     "dry_run": "build everything, run one step, print what it takes, and stop",
@@ -52,6 +53,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bad_steps
+import from_ancestor
 import series
 from build import loss_settings, model_settings
 from checkpoint import RunFolder, RunLock, write_text
@@ -737,6 +739,9 @@ def command() -> None:
     replayed, flags = take_values(flags, "replay")
     if "replay" in {name.partition("=")[0] for name in names.values()}:
         return bad_steps.replay_command(flags, replayed)
+    ancestors, flags = take_values(flags, "from_ancestor")
+    if "from_ancestor" in {name.partition("=")[0] for name in names.values()}:
+        return from_ancestor.command(ancestors, flags)
     config = load_config(flags)
     if "print_config" in named:
         return print(to_yaml(config), end="")
