@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from errors import UserError
 from loss import full_precision
 from samples import InstanceTarget, Size
 
@@ -37,7 +38,10 @@ class Stages(NamedTuple):
 
     @classmethod
     def of(cls, outputs: Mapping[str, Any]) -> Stages:
-        """The stages of what RF-DETR returns in training, see `InstanceCriterion.forward`."""
+        """The stages of what RF-DETR returns in training, see `InstanceCriterion.forward`.
+
+        Raises UserError where the encoder had fewer places to propose than there are queries.
+        """
 
         def stages(name: str) -> list[Tensor]:
             if name not in outputs:
@@ -46,8 +50,11 @@ class Stages(NamedTuple):
             encoder = outputs.get(f"encoder_{name}")
             return [last, *before] if encoder is None else [last, *before, encoder]
 
+        logits = stages("logits")
+        if logits[-1].shape != logits[0].shape:
+            raise UserError("the input has fewer places for objects than model.num_queries: raise data.size, or lower it")
         return cls(
-            logits=full_precision(torch.stack(stages("logits"))),
+            logits=full_precision(torch.stack(logits)),
             boxes=full_precision(torch.stack(stages("boxes"))),
             mask_queries=[full_precision(queries) for queries in stages("mask_queries")],
             # Channels last as they are in the model's memory, lest their gradients come back in another layout.

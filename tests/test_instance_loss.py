@@ -379,6 +379,9 @@ def test_what_cannot_be_meant() -> None:
         criterion_of(matching={"bbox": 1.0})
     with pytest.raises(UserError, match="nothing to match by"):
         criterion_of(matching=dict.fromkeys(WEIGHTS, 0.0))
+    few = {name: each[:, GROUPS:] if name.startswith("encoder_") else each for name, each in outputs_of().items()}
+    with pytest.raises(UserError, match=r"fewer places for objects than model\.num_queries"):
+        losses_of(criterion_of(), few, targets_of([1, 1]))
     settings = asdict(InstanceLossSettings())
     for name in ("last_epochs", "last_epochs_factors"):
         settings.pop(name)
