@@ -52,7 +52,9 @@ class Stages(NamedTuple):
 
         logits = stages("logits")
         if logits[-1].shape != logits[0].shape:
-            raise UserError("the input has fewer places for objects than model.num_queries: raise data.size, or lower it")
+            raise UserError(
+                "the input has fewer places for objects than model.num_queries: raise data.size, or lower it"
+            )
         return cls(
             logits=full_precision(torch.stack(logits)),
             boxes=full_precision(torch.stack(stages("boxes"))),
