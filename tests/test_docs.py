@@ -1,7 +1,8 @@
-"""The pages: what is generated is up to date, links lead somewhere, commands are accepted."""
+"""The pages: what is generated is up to date, links lead somewhere, commands are accepted, quoted messages exist."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -78,3 +79,28 @@ def without_actions(arguments: list[str]) -> list[str]:
         if not skipping:
             kept.append(word)
     return kept
+
+
+def test_messages_that_troubleshooting_quotes_are_those_of_the_program() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    texts = messages()
+    assert len(quoted) > 20
+    for message in quoted:
+        parts = [re.escape(part) for part in message.split("…")]
+        pattern = re.compile(".*".join(parts), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), message
+
+
+def messages() -> list[str]:
+    """Every text in the program, what is filled in as a space."""
+    found = []
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("[mrt]*/**/*.py")]:
+        if "tests" not in file.parts:
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    found.append("".join(str(part.value) if isinstance(part, ast.Constant) else " "
+                                         for part in node.values))  # fmt: skip
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
