@@ -115,7 +115,7 @@ class CocoFile:
         if first == last:
             return []
         with open(self.path, "rb") as file:
-            if _version(file) != self._version:
+            if version_of(file) != self._version:
                 raise OSError("it has changed since it was listed")
             rows = []
             for start, length in self._places[first:last].tolist():
@@ -143,7 +143,7 @@ class _Listing:
         take = {"images": self._add_image, "categories": self._add_category, "annotations": self._add_annotation}
         seen: set[str] = set()
         with open(self.path, "rb") as file:
-            self.version = _version(file)
+            self.version = version_of(file)
         for element in elements(self.path):
             if element.key not in take:
                 continue
@@ -244,7 +244,8 @@ class _Listing:
                 yield image_id, (self._bounds[position], self._bounds[position + 1])
 
 
-def _version(file: BinaryIO) -> tuple[int, int]:
+def version_of(file: BinaryIO) -> tuple[int, int]:
+    """What changes when a file does."""
     about = os.fstat(file.fileno())
     return about.st_size, about.st_mtime_ns
 

@@ -18,8 +18,10 @@ from typing import NamedTuple
 
 from errors import UserError
 from readers.base import DataError, Fault, Reader
+from readers.clip_codes import is_masklets, list_masklets, list_objects, masklet_files, masklet_name
 from readers.clip_folders import StillClip, frames_folder, list_folder, list_names
 from readers.folders import list_pairs, locate, parse_spec
+from readers.instance import CocoObjects, YoloFolder
 from readers.masklets import ClipSet, Frames, SeenMasklets, check_size
 from samples import Sample
 
@@ -120,7 +122,10 @@ def video_reader(
 
       * a folder with `JPEGImages/` and `Annotations/`, or a .txt below such a folder with the names of some of its
         clips, as `davis/ImageSets/2017/train.txt` (`clip_folders.list_folder`);
-      * a folder with pictures in `im/` and masks in `gt/`, each of which is a clip of one frame with one object.
+      * SA-V: a `<video>_manual.json` or `<video>_auto.json`, or a folder of them (`clip_codes.list_masklets`);
+      * a COCO json whose images have a `video_id`, and annotations a `track_id` (`clip_codes.list_objects`);
+      * still images, each a clip of one frame: a folder with pictures in `im/` and masks in `gt/`, above 127 where the
+        one object is, or another COCO json, or a folder with `images/` and `labels/` (`instance.YoloFolder`).
 
     A name means `<root>/<name>` where that exists, else a path as given, as does `images`, the folder of a json's
     images or videos. Objects have no classes here, so `class_names`, which all readers take, does nothing.
@@ -134,11 +139,6 @@ def video_reader(
     return ClipReader([_listed(*entry, folder) for entry in parse_spec(spec, root)])
 
 
-LAYOUT = (
-    "clips are folders JPEGImages/<clip>/ and Annotations/<clip>/, SA-V or COCO .json; or still images and their masks"
-)
-
-
 def _listed(name: str, path: Path, weight: float, images: Path | None) -> ClipSet:
     """One data set by what lies at the path."""
     found = ClipSet(name, weight)
@@ -146,15 +146,30 @@ def _listed(name: str, path: Path, weight: float, images: Path | None) -> ClipSe
         root = next((folder for folder in path.absolute().parents if frames_folder(folder)), path.parent)
         found.name = f"{root.name}/{path.stem}" if name == path.name else name
         list_names(path, root, found)
+    elif path.suffix.lower() == ".json":
+        if is_masklets(path):
+            list_masklets({masklet_name(path): path}, images, found)
+        else:
+            list_objects(CocoObjects(name, path, weight, images), found)
     elif frames_folder(path):
         list_folder(path, found)
+    elif files := masklet_files(path):
+        list_masklets(files, images, found)
     elif (path / "im").is_dir() or (path / "gt").is_dir():
         found.clips += [StillClip(pair.stem, pair.image, pair.mask) for pair in list_pairs(path, name, found.faults)]
     elif parts := sorted(part for part in path.glob("*/") if frames_folder(part) or (part / "im").is_dir()):
         found.fault(path, f"has parts of its own; name one of them, as {parts[0]}")
+    elif (source := YoloFolder(name, path, weight)).items or (path / "images").is_dir():
+        list_objects(source, found)
     else:
         found.fault(path, f"is no data set of clips; {LAYOUT}")
     return found
+
+
+LAYOUT = (
+    "that is a folder with JPEGImages/<clip>/ and Annotations/<clip>/, a .txt below it that names clips, json of SA-V "
+    "or COCO, or still images with their masks"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
