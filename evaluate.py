@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint runs/A --best_by Sm --data.test X        # which epoch is best
     python evaluate.py --predictions out/masks --ground_truth X              # masks of any program
     python evaluate.py --predictions results.json --ground_truth val.json    # COCO results of any program
+    python evaluate.py --predictions out/masks --ground_truth DAVIS          # label maps of clips of any program
     python evaluate.py --compare runs/A runs/B --data.test X                 # is B better, or luckier?
 
 `evaluate()` is what train.py validates with, too.
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from build import build_eval_loader, build_metric, check_size, find_faults
 from checkpoint import RunFolder, load_model
+from clip_results import FinishedClips, SavedLabels
 from coco_results import CocoResults
 from compare import comparison_tables
 from config import load as load_config
@@ -44,6 +46,7 @@ from gallery import Gallery
 from metrics import InstanceMetric
 from predict import predict
 from readers import Fault, FinishedMasks, Reader, drop, fail_on, limit
+from readers.clip_folders import frames_folder
 from results import Result, best_of, sample_table, score_table
 from samples import Batch
 from tables import Table, check_output, to_console, write_tables
@@ -119,6 +122,7 @@ def score_checkpoint(
     check_size(config, model.stride)
     reader = read_test_sets(config, meta, task, world, {} if faults is None else faults)
     objects = FoundObjects(task, reader, config.evaluation.max_detections) if options.output_results else None
+    labels = saved_labels(task, reader, options.output_masks) if options.output_masks else None
     metric = evaluate(
         model.to(world.device),
         build_eval_loader(reader, task, config, world),
@@ -127,7 +131,7 @@ def score_checkpoint(
         precision=choose_precision(config.train.mixed_precision, world.device),
         tta=config.evaluation.scales,
         progress=progress,
-        listen=objects,
+        listen=objects or labels,
     )
     if objects:
         objects.write(options.output_results, world)
@@ -161,6 +165,13 @@ class FoundObjects:
             with JsonList(Path(f"{prefix}_{kind}.json")) as file:
                 for lists in gathered:
                     file.extend(lists.get(kind, []))
+
+
+def saved_labels(task: Task, reader: Reader, folder: str) -> SavedLabels:
+    """Raises `UserError` for a task that has no clips."""
+    if not task.has_clips:
+        raise UserError(f"--output_masks writes masks of clips; for the task {task.name}, inference.py writes masks")
+    return SavedLabels(folder, reader)
 
 
 def settings_for(meta: dict[str, Any], path: Path, flags: list[str]) -> Config:
@@ -220,11 +231,36 @@ def score_masks(path: str, options: EvaluateSettings, config: Config, world: Wor
             sample.frames[0], sample.masks, dataset=sample.dataset, sample_id=sample.sample_id, path=sample.path
         )
     metric.reduce()
-    result = Result(path, metric)
-    if masks.extra:
-        first = Path(masks.extra[0]).name
-        result.notes.append(f"{path}: {len(masks.extra)} masks have no ground truth and are not scored ({first} ...)")
-    return result
+    return Result(path, metric, notes=unscored(path, masks.extra, "masks"))
+
+
+def score_clips(path: str, options: EvaluateSettings, config: Config, world: World) -> Result:
+    """Score label maps of clips against those of `--ground_truth`; each rank takes its share of the clips."""
+    task = get_task("video")
+    clips = FinishedClips(path, task.reader(options.ground_truth), resize=options.resize_predictions)
+    progress = config.logging.progress and sys.stderr.isatty()
+    reader = without_faults(clips, find_faults([clips], world, progress)[0], config)
+    metric = build_metric(config, task, [], metric_names(task, config, options))
+    indices = range(world.rank, len(reader), world.size)
+    for index in tqdm(indices, desc=path, unit="clip", leave=False, disable=not (progress and world.is_main_process)):
+        clip = reader.read(index)
+        metric.update_labels(
+            clip.frames.__getitem__, clip.masks, dataset=clip.dataset, sample_id=clip.sample_id, path=clip.path
+        )
+    metric.reduce()
+    return Result(path, metric, notes=unscored(path, clips.extra, "clips"))
+
+
+def has_clips(ground_truth: Path) -> bool:
+    """Whether that is a data set of clips, or the list of some of them."""
+    return ground_truth.suffix == ".txt" or frames_folder(ground_truth) is not None
+
+
+def unscored(path: str, extra: Sequence[str], what: str) -> list[str]:
+    """A sentence on what has no ground truth, if there is any."""
+    if not extra:
+        return []
+    return [f"{path}: {len(extra)} {what} have no ground truth and are not scored ({Path(extra[0]).name} ...)"]
 
 
 def score_results(path: str, options: EvaluateSettings, config: Config, world: World) -> Result:
@@ -259,6 +295,8 @@ def check_options(options: EvaluateSettings) -> None:
         raise UserError("--ground_truth belongs to --predictions; name the test sets of checkpoints with --data.test")
     if options.compare and len(options.compare) != 2:
         raise UserError(f"--compare takes two checkpoints or two folders of masks, not {len(options.compare)}")
+    if options.output_masks and (len(options.checkpoint) != 1 or options.best_by):
+        raise UserError("--output_masks takes the masks of one checkpoint")
     if options.compare and options.best_by:
         raise UserError("--best_by chooses among the rows of a table: leave it out of --compare")
     for path in options.output:
@@ -293,9 +331,9 @@ def score_all(options: EvaluateSettings, flags: list[str], world: World) -> list
     if options.ground_truth:
         config = load_config(flags)
         paths = options.predictions or options.compare
-        return [
-            (score_results if path.endswith(".json") else score_masks)(path, options, config, world) for path in paths
-        ]
+        is_video = config.task == "video" or has_clips(Path(options.ground_truth))
+        score = score_clips if is_video else score_masks
+        return [(score_results if path.endswith(".json") else score)(path, options, config, world) for path in paths]
     paths = options.checkpoint or options.compare
     if options.best_by:
         paths = [file for path in paths for file in epoch_files(path)]
