@@ -33,7 +33,7 @@ from colors import palette
 from dataset import normalize
 from errors import UserError
 from instance_pictures import object_colors, paint, write_caption
-from models.sam2.parts import resize
+from metrics.video import label_map
 from models.sam2.tracker import Tracker
 from prompting import MAX_OBJECT, Prompt, Prompts, fitted, refuse
 from readers import DataError, Fault, ImageList
@@ -132,7 +132,8 @@ class Follower:
                 problem = f"the model's output in frame {number} is not a number; try --mixed_precision no"
                 raise DataError(Fault(clip.path, problem))
             scores = tracker.scores(number).float().sigmoid().tolist()
-            yield Found(number, label_map(logits, ids, clip.size), dict(zip(ids, scores, strict=True)))
+            labels = np.array([0, *ids], np.uint8)[label_map(logits[:, 0], clip.size)]
+            yield Found(number, labels, dict(zip(ids, scores, strict=True)))
 
     def _inputs(self, clip: Clip, frames: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, Tensor]]:
         """The same as the model takes them; the next ones are decoded on another thread meanwhile."""
@@ -161,20 +162,6 @@ def last_correction(by_frame: Mapping[int, Sequence[Prompt]]) -> int:
             last = frame
         known |= {prompt.object_id for prompt in by_frame[frame]}
     return last
-
-
-def label_map(logits: Tensor, ids: Sequence[int], size: Size) -> np.ndarray:
-    """(H, W) uint8, the id of the object with the largest logit above 0 at each pixel, the first of equal ones.
-
-    `logits` are (objects, 1, h, w) of any size; no two are resized at once.
-    """
-    best = torch.zeros(size, device=logits.device)
-    labels = torch.zeros(size, dtype=torch.uint8, device=logits.device)
-    for object_id, mask in zip(ids, logits, strict=True):
-        large = resize(mask[None], *size)[0, 0]
-        labels[large > best] = object_id
-        best = torch.maximum(best, large)
-    return labels.cpu().numpy()
 
 
 # ---------------------------------------------------------------- writing
