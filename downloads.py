@@ -39,13 +39,18 @@ def fetch(address: str) -> Path:
 
 def _fetch_from_hub(repository: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    offline = None
     for name in REPOSITORY_FILES:
         try:
             return Path(hf_hub_download(repository, name))
+        except LocalEntryNotFoundError as error:  # offline, where the other file may be kept
+            offline = error
         except EntryNotFoundError:
             continue
+    if offline:
+        raise offline
     raise UserError(f"the repository {repository} holds neither {' nor '.join(REPOSITORY_FILES)}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 import build
 import config
@@ -73,6 +74,20 @@ def test_offline_is_said_with_a_way_out(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(UserError, match=r"cannot download https://example\.invalid/w\.pth.*model\.pretrained"):
         downloads.fetch("https://example.invalid/w.pth")
+
+
+def test_a_repository_out_of_reach_is_told_from_one_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = {"model.safetensors": LocalEntryNotFoundError("offline"), "pytorch_model.bin": EntryNotFoundError("none")}
+
+    def refuse(repository: str, name: str) -> str:
+        raise errors[name]
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(UserError, match="cannot download hf-hub:a/b"):
+        downloads.fetch("hf-hub:a/b")
+    errors["model.safetensors"] = EntryNotFoundError("none")
+    with pytest.raises(UserError, match=r"a/b holds neither model\.safetensors nor pytorch_model\.bin"):
+        downloads.fetch("hf-hub:a/b")
 
 
 def test_settings_without_official_weights_say_so() -> None:
