@@ -1,6 +1,7 @@
-"""Objects followed through clips as label maps on disk, those of any program and our own: <clip>/<frame>.png each.
+"""Objects followed through clips as masks on disk, of any program and our own, as servers of benchmarks take them.
 
-That is the layout of DAVIS, which servers of benchmarks take. Pixels hold the ids of objects, 0 where there is none.
+Those are label maps, <clip>/<frame>.png, whose pixels hold the ids of objects, 0 where there is none; or, as SA-V has
+them, a mask of each object, <clip>/<object>/<frame>.png, not 0 where it is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from errors import UserError
 from metrics.video import label_map, scored_frames
 from readers import DataError, Fault, Reader
+from readers.images import read_alpha
 from readers.masklets import read_ids
 from readers.masks import inner_folder
 from samples import Batch, Sample, Size
@@ -47,6 +49,12 @@ def nameless(object_ids: Sequence[int]) -> list[int]:
     return [number for number in object_ids if not 0 < number <= MAX_IDS]
 
 
+def object_folders(clip: str) -> dict[int, str]:
+    """{object: folder} of a clip's masks, none where they are label maps."""
+    folders = Path(clip).iterdir() if os.path.isdir(clip) else ()
+    return {int(path.name): str(path) for path in folders if path.name.isdecimal() and path.is_dir()}
+
+
 # ---------------------------------------------------------------- of any program
 
 
@@ -61,23 +69,21 @@ class FoundLabels(Sequence[np.ndarray]):
         self.places = np.full(256, UNKNOWN, np.uint8)
         self.places[0] = 0
         for place, number in enumerate(object_ids, 1):
-            self.places[number] = place
+            if 0 < number <= MAX_IDS:
+                self.places[number] = place
         if len(object_ids) == 1:
             self.places[255] = 1
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def files(self, frame: int) -> list[str]:
+        return [self.paths[frame]]
+
     def __getitem__(self, frame: Any) -> Any:
         """Raises DataError for one that cannot be scored."""
-        path = self.paths[frame]
-        ids = read_ids(path)
-        (height, width), shape = self.size, ids.shape
-        if shape != (height, width):
-            if not self.resize:
-                problem = f"is {shape[1]}x{shape[0]}, its clip is {width}x{height}"
-                raise DataError(Fault(path, f"{problem}; --resize_predictions brings it to that size"))
-            ids = cv2.resize(ids, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        (path,) = self.files(frame)
+        ids = of_size(path, read_ids(path), self.size, resize=self.resize)
         labels = cv2.LUT(ids, self.places)
         if labels.max() == UNKNOWN:
             unknown, known = (", ".join(map(str, ids)) for ids in (np.unique(ids[labels == UNKNOWN]), self.object_ids))
@@ -85,12 +91,41 @@ class FoundLabels(Sequence[np.ndarray]):
         return labels
 
 
-class FinishedClips(Reader):
-    """Label maps below a folder, of any program, and the clips of `truth` that they are of.
+class FoundMasks(Sequence[np.ndarray]):
+    """The masks of a clip's objects in its frames, (n, H, W) bool, decoded late."""
 
-    A sample's frames are the label maps, see `FoundLabels`. Only frames that are scored must be there. `folder` may be
-    what inference.py wrote, with `masks/`. Clips without truth are no fault but stand in `extra`. With `resize` maps of
-    another size are brought to the clip's by nearest neighbour.
+    def __init__(self, folders: Sequence[str], names: Sequence[str], size: Size, *, resize: bool):
+        self.folders, self.names, self.size, self.resize = folders, names, size, resize
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def files(self, frame: int) -> list[str]:
+        return [os.path.join(folder, self.names[frame]) for folder in self.folders]
+
+    def __getitem__(self, frame: Any) -> Any:
+        """Raises DataError for one that cannot be scored."""
+        masks = (of_size(path, read_alpha(path), self.size, resize=self.resize) for path in self.files(frame))
+        return np.stack([mask > 0 for mask in masks])
+
+
+def of_size(path: str, mask: np.ndarray, size: Size, *, resize: bool) -> np.ndarray:
+    """A mask at the size of its clip; where it is of another, brought there by nearest neighbour, or a DataError."""
+    (height, width), shape = size, mask.shape
+    if shape == (height, width):
+        return mask
+    if not resize:
+        problem = f"is {shape[1]}x{shape[0]}, its clip is {width}x{height}"
+        raise DataError(Fault(path, f"{problem}; --resize_predictions brings it to that size"))
+    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+class FinishedClips(Reader):
+    """Masks below a folder, of any program, and the clips of `truth` that they are of.
+
+    A sample's frames are `FoundLabels`, or `FoundMasks` where its folder has folders. Only frames that are scored must
+    be there. `folder` may be what inference.py wrote, with `masks/`. Clips without truth are no fault but stand in
+    `extra`. With `resize` masks of another size are brought to the clip's by nearest neighbour.
     """
 
     def __init__(self, folder: str | os.PathLike[str], truth: Reader, *, resize: bool = False):
@@ -106,29 +141,37 @@ class FinishedClips(Reader):
         return len(self.truth)
 
     def read(self, index: int) -> Sample:
-        sample = self.truth.read(index)
+        sample, path = self.truth.read(index), self._path(index)
         height, width = sample.frames[0].shape[:2]
-        paths = [os.path.join(self._path(index), f"{name}.png") for name in frame_names(sample.frames)]
-        labels = FoundLabels(paths, sample.masks.object_ids, (height, width), resize=self.resize)
-        return replace(sample, frames=labels, path=self._path(index))
+        names = [f"{name}.png" for name in frame_names(sample.frames)]
+        found: FoundLabels | FoundMasks
+        if folders := object_folders(path):
+            chosen = [folders.get(number, os.path.join(path, str(number))) for number in sample.masks.object_ids]
+            found = FoundMasks(chosen, names, (height, width), resize=self.resize)
+        else:
+            paths = [os.path.join(path, name) for name in names]
+            found = FoundLabels(paths, sample.masks.object_ids, (height, width), resize=self.resize)
+        return replace(sample, frames=found, path=path)
 
     def find_faults(self, index: int) -> list[Fault]:
         if faults := self.truth.find_faults(index):
             return faults
-        masklets = self.truth.read(index).masks
-        if unnamed := nameless(masklets.object_ids):
-            problem = f"has an object {unnamed[0]}; those of label maps are 1 to {MAX_IDS}"
-            return [Fault(self.truth.files(index)[0], problem)]
-        labels, scored = self.read(index).frames, scored_frames(masklets.annotated)
-        assert isinstance(labels, FoundLabels)
-        lacking = [labels.paths[frame] for frame in scored if not os.path.isfile(labels.paths[frame])]
+        sample, faults = self.read(index), []
+        found, scored = sample.frames, scored_frames(sample.masks.annotated)
+        assert isinstance(found, FoundLabels | FoundMasks)
+        if isinstance(found, FoundLabels) and (unnamed := nameless(found.object_ids)):
+            problem = f"label maps cannot hold the object {unnamed[0]}; masks are wanted, <object>/<frame>.png"
+            return [Fault(sample.path, problem)]
+        files = [path for frame in scored for path in found.files(frame)]
+        lacking = [os.path.relpath(path, sample.path) for path in files if not os.path.isfile(path)]
         if lacking:
-            names = ", ".join(os.path.basename(path) for path in lacking[:3]) + (" …" if len(lacking) > 3 else "")
-            faults.append(Fault(self._path(index), f"lacks {len(lacking)} of {len(scored)} scored frames: {names}"))
+            names = ", ".join(lacking[:3]) + (" …" if len(lacking) > 3 else "")
+            what = "frames" if isinstance(found, FoundLabels) else "masks"
+            faults.append(Fault(sample.path, f"lacks {len(lacking)} of {len(files)} scored {what}: {names}"))
         for frame in scored:
-            if labels.paths[frame] not in lacking:
+            if all(map(os.path.isfile, found.files(frame))):
                 try:
-                    labels[frame]
+                    found[frame]
                 except DataError as error:
                     faults.append(error.fault)
         return faults
@@ -147,7 +190,7 @@ class FinishedClips(Reader):
 
     def files(self, index: int) -> list[str]:
         path = self._path(index)
-        return [*self.truth.files(index), path, *map(str, Path(path).glob("*.png"))]
+        return [*self.truth.files(index), path, *map(str, Path(path).rglob("*.png"))]
 
     def _path(self, index: int) -> str:
         return str(self.folder / self.names[index])
@@ -156,23 +199,29 @@ class FinishedClips(Reader):
 # ---------------------------------------------------------------- our own
 
 
-class SavedLabels:
-    """Writes what was found in the clips of a reader below a folder, each frame atomically; to be called with batches.
+class SavedMasks:
+    """Writes what was found in the clips of a reader below a folder, each file atomically; to be called with batches.
+
+    Label maps, or where they cannot hold the ids of all objects, as those of SA-V, masks of each object.
 
     Raises:
-        UserError: two clips have one name, or an object has an id that no label map can hold.
+        UserError: two clips have one name.
     """
 
     def __init__(self, folder: str | os.PathLike[str], reader: Reader):
         self.folder, self.reader, self.names = Path(folder), reader, clip_names(reader)
         self.places = {reader.sample_id(index): index for index in range(len(reader))}
+        self.are_labels = not any(nameless(reader.read(index).masks.object_ids) for index in range(len(reader)))
 
     def __call__(self, predictions: dict[str, Any], batch: Batch) -> None:
         for logits, truth, sample in zip(predictions["logits"], batch.targets.originals, batch.samples, strict=True):
-            if unnamed := nameless(truth.object_ids):
-                problem = f"{sample.path} has an object {unnamed[0]}, and label maps have values from 1 to {MAX_IDS}"
-                raise UserError(f"{problem}: leave out --output_masks")
-            index, ids = self.places[sample.sample_id], np.array([0, *truth.object_ids], np.uint8)
+            index = self.places[sample.sample_id]
+            clip = self.folder / self.names[index]
             for frame, name in enumerate(frame_names(self.reader.read(index).frames)):
-                labels = ids[label_map(logits[:, frame], sample.size)]
-                write_palette(self.folder / self.names[index] / f"{name}.png", labels)
+                labels = label_map(logits[:, frame], sample.size)
+                if self.are_labels:
+                    ids = np.array([0, *truth.object_ids], np.uint8)
+                    write_palette(clip / f"{name}.png", ids[labels])
+                    continue
+                for place, number in enumerate(truth.object_ids, 1):
+                    write_palette(clip / f"{number:03d}" / f"{name}.png", (labels == place).astype(np.uint8))

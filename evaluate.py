@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from build import build_eval_loader, build_metric, check_size, find_faults
 from checkpoint import RunFolder, load_model
-from clip_results import FinishedClips, SavedLabels
+from clip_results import FinishedClips, SavedMasks
 from coco_results import CocoResults
 from compare import comparison_tables
 from config import load as load_config
@@ -122,7 +122,7 @@ def score_checkpoint(
     check_size(config, model.stride)
     reader = read_test_sets(config, meta, task, world, {} if faults is None else faults)
     objects = FoundObjects(task, reader, config.evaluation.max_detections) if options.output_results else None
-    labels = saved_labels(task, reader, options.output_masks) if options.output_masks else None
+    masks = saved_masks(task, reader, options.output_masks) if options.output_masks else None
     metric = evaluate(
         model.to(world.device),
         build_eval_loader(reader, task, config, world),
@@ -131,7 +131,7 @@ def score_checkpoint(
         precision=choose_precision(config.train.mixed_precision, world.device),
         tta=config.evaluation.scales,
         progress=progress,
-        listen=objects or labels,
+        listen=objects or masks,
     )
     if objects:
         objects.write(options.output_results, world)
@@ -167,11 +167,11 @@ class FoundObjects:
                     file.extend(lists.get(kind, []))
 
 
-def saved_labels(task: Task, reader: Reader, folder: str) -> SavedLabels:
+def saved_masks(task: Task, reader: Reader, folder: str) -> SavedMasks:
     """Raises `UserError` for a task that has no clips."""
     if not task.has_clips:
         raise UserError(f"--output_masks writes masks of clips; for the task {task.name}, inference.py writes masks")
-    return SavedLabels(folder, reader)
+    return SavedMasks(folder, reader)
 
 
 def settings_for(meta: dict[str, Any], path: Path, flags: list[str]) -> Config:

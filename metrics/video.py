@@ -110,7 +110,7 @@ def score_clip(
 ) -> dict[str, np.ndarray]:
     """Scores of each object of a clip by name, (n,) float64, NaN for objects that are not scored.
 
-    labels_of: frame -> (H, W) labels as of `label_map`, of the truth's size.
+    labels_of: frame -> (H, W) labels as of `label_map`, or (n, H, W) bool masks that may overlap, of the truth's size.
     convention: `sav` scores an object from the first frame in which it is there or found, as SA-V's evaluation does,
         and not where it is never there; `davis` scores the objects of the first annotated frame in all frames.
     """
@@ -124,13 +124,18 @@ def score_clip(
         masks = dict(zip(visible, truth.masks(frame, visible), strict=True))
         if convention == "sav":
             known.update(visible)
-            begun.update(visible, (number for number in numbers if (labels == number + 1).any()))
+            begun.update(visible, (number for number in numbers if mask_of(labels, number).any()))
         for number in begun:
-            found = labels == number + 1
+            found = mask_of(labels, number)
             pairs[number].append(region_and_contour(found, masks.get(number, np.zeros_like(found))))
     scores = [summary(np.array(pairs[number])) if number in known else dict.fromkeys(HEADINGS, math.nan)
               for number in numbers]  # fmt: skip
     return {name: np.array([each[name] for each in scores]) for name in HEADINGS}
+
+
+def mask_of(labels: np.ndarray, number: int) -> np.ndarray:
+    """(H, W) bool of one object, from the labels or masks of all."""
+    return labels[number] if labels.ndim == 3 else labels == number + 1
 
 
 def summary(pairs: np.ndarray) -> dict[str, float]:
