@@ -160,6 +160,8 @@ def check_size(config: Config, stride: int) -> None:
 
 def build_eval_loader(reader: Reader, task: Task, config: Config, world: World) -> Any:
     """A loader of a reader's samples at the model's size, with the originals to score against."""
+    if task.has_clips and config.evaluation.tta:
+        raise UserError("evaluation.tta: what is followed through clips is not averaged over scales; leave it out")
     sampler = EvalSampler(
         len(reader),
         batch_size=config.evaluation.batch_size or config.train.batch_size,

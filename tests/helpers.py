@@ -43,6 +43,7 @@ TINY = [
 TOY = ["--model.family", "toy", *SMALL]
 SEGFORMER = ["--model.family", "segformer", *SMALL]
 CLASSIFIER = ["--model.family", "classifier", "--model.backbone", "test_resnet", *SMALL]
+SAM2 = ["--model.family", "sam2", "--model.correction_clicks", "1", "--data.clip.frames", "3", *SMALL]
 RFDETR = ["--model.family", "rfdetr", "--model.groups", "2", *SMALL, "--data.size", "96", "96"]
 
 
@@ -150,6 +151,46 @@ def tiny_rfdetr() -> Any:
         12, 1, 8, 2, 12, "", taps=(0, 1, 2, 3), global_blocks=(1,), encoder="tiny", width=48, self_heads=2,
         cross_heads=4,
     )  # fmt: skip
+
+
+def tiny_sam2() -> Any:
+    """A size of SAM 2 whose image encoder has some 0.2 million parameters, to stand for one of the table's."""
+    import timm
+    from timm.models import register_model
+    from timm.models.hieradet_sam2 import HieraDet, _create_hiera_det
+
+    from models.sam2.image_encoder import Trunk
+
+    def sam2_hiera_mini(pretrained: bool = False, **settings: Any) -> HieraDet:
+        settings = {name: value for name, value in settings.items() if not name.startswith("pretrained_cfg")}
+        size: dict[str, Any] = {"embed_dim": 16, "stages": (1, 1, 3, 1), "global_att_blocks": (3,)}
+        return _create_hiera_det("sam2_hiera_tiny", pretrained=pretrained, **size, **settings)
+
+    if not timm.is_model("sam2_hiera_mini"):
+        sam2_hiera_mini.__module__ = HieraDet.__module__
+        register_model(sam2_hiera_mini)
+    return Trunk("sam2_hiera_mini", 16, 6)
+
+
+def draw_clip_set(folder: Path, count: int, frames: int = 4, seed: int = 0) -> Path:
+    """Clips in the layout of DAVIS, 64x80: a bright disc, and in every second clip a dark bar, move on noise."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[:64, :80]
+    for number in range(count):
+        places = [folder / kind / f"clip{number}" for kind in ("JPEGImages", "Annotations")]
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+        center, pace = generator.uniform(20, 44, 2), generator.uniform(-4, 4, 2)
+        for t in range(frames):
+            labels = np.zeros((64, 80), np.uint8)
+            if number % 2:
+                labels[50 - 2 * t : 58 - 2 * t, 50:74] = 2
+            labels[np.hypot(y - center[0] - pace[0] * t, x - center[1] - pace[1] * t) < 12] = 1
+            colors = np.array([[110, 110, 110], [240, 210, 60], [20, 30, 90]])[labels]
+            image = (colors + generator.normal(0, 12, colors.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(image).save(places[0] / f"{t:05d}.png")
+            Image.fromarray(labels).save(places[1] / f"{t:05d}.png")
+    return folder
 
 
 def draw_class_set(folder: Path, count: int, seed: int = 0) -> Path:
@@ -366,6 +407,7 @@ def serve() -> None:
     importlib.import_module("tests.toy")
     add_toy_family()
     importlib.import_module("models.rfdetr.variants").SEGMENTATION["nano"] = tiny_rfdetr()
+    importlib.import_module("models.sam2.image_encoder").TRUNKS["tiny"] = tiny_sam2()
     ended: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -17,10 +17,12 @@ from models.base import Model
 from samples import Batch, BinaryTarget, SampleInfo
 from tests.helpers import (
     RFDETR,
+    SAM2,
     SEGFORMER,
     TOY,
     Zygote,
     difference,
+    draw_clip_set,
     draw_label_set,
     draw_object_set,
     draw_set,
@@ -50,7 +52,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
         yield started
 
 
-@pytest.mark.parametrize("family", ["toy", "segformer", "rfdetr"])
+@pytest.mark.parametrize("family", ["toy", "segformer", "rfdetr", "sam2"])
 def test_an_odd_number_of_samples_scores_the_same_on_one_two_and_three_ranks(
     family: str, data: Path, zygote: Zygote, tmp_path: Path
 ) -> None:
@@ -65,6 +67,10 @@ def test_an_odd_number_of_samples_scores_the_same_on_one_two_and_three_ranks(
         data, model = tmp_path, RFDETR
         draw_object_set(data / "train", 6)
         draw_object_set(data / "val", 5, seed=1)
+    if family == "sam2":
+        data, model = tmp_path, SAM2
+        draw_clip_set(data / "train", 6)
+        draw_clip_set(data / "val", 5, frames=3, seed=1)
     for world in (1, 2, 3):
         flags = ["--lr", "0", "--max_steps", "2", "--batch_size", "1", "--evaluation.batch_size", "2"]
         if family == "segformer":  # its batch norm has statistics of the step's own batch

@@ -17,12 +17,14 @@ import checkpoint
 from tests.helpers import (
     RFDETR,
     ROOT,
+    SAM2,
     SEGFORMER,
     TINY,
     TOY,
     Zygote,
     add_toy_family,
     assert_same_run,
+    draw_clip_set,
     draw_label_set,
     draw_object_set,
     draw_set,
@@ -55,6 +57,10 @@ INSTANCE = [
     "--model.dropout", "0.1", "--data.mix", "{mosaic: 0.3, copy_paste: 0.3}", "--data.dynamic_size", "[[84, 108]]",
     "--logging.log_frequency", "1", "--checkpoint.save_last", "2",
 ]  # fmt: skip
+CLIPS = [
+    "--batch_size", "1", "--train.ema_decay", "0.9", "--model.drop_path", "0.3", "--data.clip.stride", "[1, 2]",
+    "--logging.log_frequency", "1", "--checkpoint.save_last", "2",
+]  # fmt: skip
 EPOCHS = {1: 3, 2: 5, 3: 5}  # of 12 samples, two for each step and rank
 
 
@@ -72,6 +78,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_label_set(folder / "labels" / "val", 5, seed=1)
     draw_object_set(folder / "objects" / "train", 12)
     draw_object_set(folder / "objects" / "val", 5, seed=1)
+    draw_clip_set(folder / "clips" / "train", 6)
+    draw_clip_set(folder / "clips" / "val", 1, frames=2, seed=1)
     return folder
 
 
@@ -83,7 +91,15 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 @pytest.mark.parametrize(
     ("family", "world", "kills"),
-    [("toy", 1, 3), ("toy", 2, 3), ("toy", 3, 3), ("birefnet", 3, 1), ("segformer", 3, 1), ("rfdetr", 3, 1)],
+    [
+        ("toy", 1, 3),
+        ("toy", 2, 3),
+        ("toy", 3, 3),
+        ("birefnet", 3, 1),
+        ("segformer", 3, 1),
+        ("rfdetr", 3, 1),
+        ("sam2", 2, 1),
+    ],
 )
 def test_a_run_killed_at_random_moments_ends_bitwise_like_the_unbroken_one(
     family: str, world: int, kills: int, data: Path, zygote: Zygote, tmp_path: Path
@@ -91,11 +107,14 @@ def test_a_run_killed_at_random_moments_ends_bitwise_like_the_unbroken_one(
     chance = random.Random(20 + world)
     recipe = [*RECIPE, "--epochs", str(EPOCHS[world] if family == "toy" else 3)]
     models = {"birefnet": [*TINY, "--model.squeeze_block", "ASPP_x1"], "segformer": SEGFORMER, "rfdetr": RFDETR}
+    models["sam2"] = SAM2
     model = models.get(family, TOY)
     if family == "segformer":
         data, recipe = data / "labels", [*SEMANTIC, "--epochs", "4"]
     if family == "rfdetr":
         data, recipe = data / "objects", [*INSTANCE, "--epochs", "4"]
+    if family == "sam2":
+        data, recipe = data / "clips", [*CLIPS, "--epochs", "2"]
     zygote.run(flags_for(data, tmp_path / "unbroken", "run", *recipe, model=model), world)
     unbroken, broken = tmp_path / "unbroken" / "run", tmp_path / "broken" / "run"
     killed_at = sorted(chance.sample(range(4, record_count(unbroken) - 2), kills))
