@@ -43,6 +43,9 @@ def segment_everything(
         points_per_side: of the grid.
         predicted_iou: the least score.
         stability: the least share of a mask with a lower threshold that is left with a higher one.
+
+    Raises:
+        FloatingPointError: the model's output is not a number.
     """
     features = model.encode(image[None])
     grid = grid_points(points_per_side, features.image_size).to(image.device)
@@ -50,6 +53,8 @@ def segment_everything(
     codes: list[Rle] = []
     for points in grid.split(POINTS):
         logits, ious = ask(model, features, points)
+        if ious.isnan().any():
+            raise FloatingPointError
         good = (ious > predicted_iou) & (stability_of(logits) >= stability)
         kept = without_specks(logits[good][:, None])[:, 0]
         for score, code in zip(ious[good].tolist(), encode_resized(kept, size), strict=True):

@@ -224,6 +224,7 @@ class Frame:
     inputs: Tensor | None = None  # (3, h, w) normalised, at the model's size
 
 
+NOT_A_NUMBER = "the model's output is not a number; try --mixed_precision no"
 Result = Any  # what the task's `results` yield
 Prediction = tuple[Frame, Result | Fault]
 
@@ -325,19 +326,22 @@ class Predictor:
                 yield frame, frame.fault or next(results)
 
     def results_of(self, frames: list[Frame]) -> Iterator[Result | Fault]:
-        """The results of a few frames, in one forward pass unless they are tiled."""
+        """The results of a few frames. Raises `UserError` when the device has no room for them."""
         try:
-            with self.precision.autocast():
-                predictions = self.tiled(frames[0]) if self.tile else self.whole(frames)
-            failed = torch.isnan(predictions["logits"]).flatten(1).any(1).tolist()  # half precision can overflow
-            results = self.results(predictions, [frame.info for frame in frames])
-            for frame, result, is_broken in zip(frames, results, failed, strict=True):
-                problem = "the model's output is not a number; try --mixed_precision no"
-                yield Fault(frame.info.path, problem) if is_broken else result
+            yield from self.found_in(frames)
         except torch.OutOfMemoryError:
             sides = f"{self.size[1]}x{self.size[0]}"
             raise UserError(f"{self.device} has no room for {self.batch_size} inputs of {sides}; lower --batch_size or "
                             "--size") from None  # fmt: skip
+
+    def found_in(self, frames: list[Frame]) -> Iterator[Result | Fault]:
+        """The same, in one forward pass unless they are tiled."""
+        with self.precision.autocast():
+            predictions = self.tiled(frames[0]) if self.tile else self.whole(frames)
+        failed = torch.isnan(predictions["logits"]).flatten(1).any(1).tolist()  # half precision can overflow
+        results = self.results(predictions, [frame.info for frame in frames])
+        for frame, result, is_broken in zip(frames, results, failed, strict=True):
+            yield Fault(frame.info.path, NOT_A_NUMBER) if is_broken else result
 
     def whole(self, frames: list[Frame]) -> dict[str, Tensor]:
         """Predictions of whole pictures at the model's size."""
@@ -391,11 +395,16 @@ class EverythingPredictor(Predictor):
         small = resized(picture, self.size, InterpolationMode.BILINEAR)
         return Frame(info, picture, inputs=normalize(small[None], self.statistics)[0])
 
-    def results_of(self, frames: list[Frame]) -> Iterator[Result | Fault]:
+    def found_in(self, frames: list[Frame]) -> Iterator[Result | Fault]:
         for frame in frames:
             assert frame.inputs is not None
-            with self.precision.autocast():
-                yield self.find(self.model, frame.inputs.to(self.device), frame.info.size)
+            try:
+                with self.precision.autocast():
+                    found = self.find(self.model, frame.inputs.to(self.device), frame.info.size)
+            except FloatingPointError:
+                yield Fault(frame.info.path, NOT_A_NUMBER)
+            else:
+                yield found
 
 
 def input_size(size: Sequence[int], stride: int) -> Size:

@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+import automatic
 import checkpoint
 import inference
 import video
+from automatic import grid_points
 from clip_files import PictureClip, VideoClip, in_time
 from clip_inference import Follower, last_correction
 from dataset import normalize
@@ -30,6 +32,7 @@ from readers import DataError, check, instance_reader, semantic_reader
 from readers.binary import BinaryFolders
 from readers.images import read_image
 from streams import resized
+from tests.test_automatic import Squares
 from tests.test_video import film, write_film
 from tests.tiny import files_below, photo, save
 from utils import choose_precision
@@ -354,6 +357,35 @@ def test_label_folders_are_whole_or_not_there(tmp_path: Path) -> None:
         assert files_below(tmp_path / "a") == {"notes.txt", "9.png"}
     assert files_below(tmp_path) == {"a/notes.txt", "a/1.png", "a/2.png"}
     assert (read(tmp_path / "a/2.png") == labels).all()
+
+
+# ---------------------------------------------------------------- without prompts
+
+
+def test_points_of_a_grid_are_asked_each_by_itself(model: Any) -> None:
+    with torch.no_grad():
+        features = model.encode(torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)))
+        points = grid_points(2, (SIDE, SIDE))
+        logits, ious = automatic.ask(model, features, points)
+        assert (logits.shape, ious.shape) == ((4, 3, 16, 16), (4, 3))
+        for number in range(4):
+            alone, quality = automatic.ask(model, features, points[number : number + 1])
+            torch.testing.assert_close(alone[0], logits[number], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(quality[0], ious[number], rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_without_prompts_become_objects(
+    infer: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(automatic, "ask", lambda model, features, points: Squares().masks_at(points))
+    save(tmp_path / "in/sub/7.png", photo(0, 50, 70))
+    assert infer("--input", tmp_path / "in", "--points_per_side", 9, "--crops") == 0
+    made = files_below(tmp_path / "out")
+    assert {"masks/sub/7.png", "overlays/sub/7.jpg", "colors/sub/7.png", "results_segm.json"} <= made
+    assert "crops/sub/7/001_object.png" in made
+    assert np.unique(read(tmp_path / "out/masks/sub/7.png")).tolist() == [0, 1, 2, 3]
+    records = json.loads((tmp_path / "out/results_segm.json").read_text())
+    assert [record["category_id"] for record in records] == [1, 1, 1]
 
 
 # ---------------------------------------------------------------- training data of other families
