@@ -152,11 +152,11 @@ class ClipDataset(Dataset):
         return Item(image, target, SampleInfo(whole.sample_id, whole.path, whole.dataset, (height, width)), key)
 
     def prepared(self, key: SampleKey) -> Sample:
-        """The frames that the model will see side by side, with the objects as labels from 1."""
+        """The frames that the model will see, one below the other, with the objects as labels from 1."""
         assert self.augment is not None
         sample = self.augment(self._drawn(self.reader.read(key.index), key), key.size, self._seeds(key))
         labels = [(masks * np.arange(1, masks.shape[2] + 1, dtype=np.uint8)).max(2) for masks in sample.masks]
-        return replace(sample, frames=[np.hstack(sample.frames)], masks=np.hstack(labels), are_labels=True)
+        return replace(sample, frames=[np.vstack(sample.frames)], masks=np.vstack(labels), are_labels=True)
 
     def _drawn(self, whole: Sample, key: SampleKey) -> Sample:
         assert self.combine is not None

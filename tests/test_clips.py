@@ -193,10 +193,10 @@ def test_evaluation_streams_whole_clips() -> None:
     pickle.loads(pickle.dumps(FrameStream(Frames(3), SIZE)))
 
 
-def test_previews_show_the_frames_side_by_side() -> None:
+def test_previews_show_the_frames_one_below_the_other() -> None:
     combine = DrawClip(frames=3, stride=[1, 1], objects=2, reverse=0, seed=0)
     dataset = ClipDataset(Clips([9]), make_target=video_target, augment=AugmentClip(Augment([])), combine=combine)
     shown = dataset.prepared(SampleKey(0, 0, 0, SIZE))
-    assert shown.frames[0].shape == (SIZE[0], 3 * SIZE[1], 3)
-    assert shown.masks.shape == (SIZE[0], 3 * SIZE[1])
+    assert shown.frames[0].shape == (3 * SIZE[0], SIZE[1], 3)
+    assert shown.masks.shape == (3 * SIZE[0], SIZE[1])
     assert 1 in shown.masks
