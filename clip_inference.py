@@ -68,8 +68,8 @@ class Follower:
     """
 
     def __init__(self, model: Any, *, size: Size, device: torch.device, precision: Precision):
-        self.model, self.size, self.device = model.to(device).eval(), size, device
-        self.precision = precision
+        self.model = model.to(device).eval()
+        self.size, self.device, self.precision = size, device, precision
 
     def follow(self, clip: Clip, prompts: Sequence[Prompt]) -> Iterator[Found]:
         """The objects in each frame: from the first one with a prompt to the end, then from there back to the start.
@@ -195,6 +195,8 @@ def follow_inputs(
     """
     clips, faults = open_clips(settings.input, images)
     fitting = fit_all(clips, prompts, [fault.path for fault in faults])
+    if not clips:
+        return faults
     output = Path(settings.output)
     with ExitStack() as files:
         annotator = None

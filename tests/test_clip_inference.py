@@ -306,6 +306,12 @@ def test_what_cannot_be_read_leaves_nothing_and_the_others_go_on(
     assert "annotations/gt/a/00001.png" not in made
 
 
+def test_without_any_clip_nothing_is_written(infer: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    assert infer("--input", tmp_path / "a.mp4", "--point", "1,2", "--annotate", "instance") == 2
+    assert files_below(tmp_path / "out") == set()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
