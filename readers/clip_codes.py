@@ -106,7 +106,7 @@ class MaskletClip(Clip):
             )
         step = 1 if len(scan.places) == len(frames) else STEP
         if step * (len(scan.places) - 1) >= len(frames):
-            scan.report(f"has masks for {len(scan.places)} of every {STEP}. frame, but there are {len(frames)} frames")
+            scan.report(f"has masks of {len(scan.places)} frames, every fourth, but there are {len(frames)} in all")
         return scan.masklets(len(frames), step), scan.faults
 
 
@@ -232,8 +232,8 @@ def list_objects(source: ObjectSource, found: ClipSet) -> None:
     """The clips of a COCO json whose images have a `video_id`; of others and of YOLO's files each image is one.
 
     Frames are in the order of a `frame_id`, `frame_index` or `frame_number`, if all of a clip have one, else of their
-    names. The annotations of an object have the same `track_id`, `instance_id` or `object_id` in all frames. Crowds are
-    left out, and so are still images without an object.
+    names. The annotations of an object have the same `track_id`, `instance_id` or `object_id` in all frames; a frame
+    without any shows none. Crowds are left out, and so are still images without an object.
     """
     if isinstance(source, CocoObjects) and any(item.image and item.image.video is not None for item in source.items):
         found.faults += source.faults
@@ -281,7 +281,7 @@ class LinkedClip(FolderClip):
     def __init__(self, name: str, file: CocoFile, images: Sequence[CocoImage]):
         folder = os.path.commonpath([os.path.dirname(image.path) for image in images])
         super().__init__(name, FrameFiles(folder, [os.path.relpath(image.path, folder) for image in images]))
-        self.file, self.images = file, images
+        self.path, self.file, self.images = images[0].path, file, images  # the folder may hold other clips, too
 
     def learn(self, frames: Frames, size: Size) -> tuple[SeenMasklets, list[Fault]]:
         faults: list[Fault] = []

@@ -15,9 +15,19 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from demo import annotation, draw_group, run_lengths, write_demo, write_instance_demo, write_semantic_demo
+from demo import (
+    CLIP_LENGTH,
+    annotation,
+    draw_clip,
+    draw_group,
+    run_lengths,
+    write_demo,
+    write_instance_demo,
+    write_semantic_demo,
+    write_video_demo,
+)
 from errors import UserError
-from readers import BinaryFolders, Reader, check, class_table, semantic_reader
+from readers import BinaryFolders, Reader, check, class_table, semantic_reader, video_reader
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +243,31 @@ def test_the_instance_set_is_drawn_again_alike(tmp_path: Path, monkeypatch: pyte
     assert digest(again) == digest(once) != digest(write_instance_demo(once, seed=1))
     write_semantic_demo(again)  # the kinds of demo data make room for each other
     assert not (again / "annotations").exists()
+
+
+def test_the_clips_show_all_objects_first_and_some_come_back(tmp_path: Path) -> None:
+    reader = video_reader("ImageSets/train.txt+ImageSets/val.txt", root=write_video_demo(tmp_path / "demo"))
+    assert check(reader, progress=False) == []
+    assert [summary.count for summary in reader.datasets.values()] == [12, 4]
+    returns, numbers = 0, set()
+    for index in range(len(reader)):
+        sample = reader.read(index)
+        masklets = sample.masks
+        everyone = list(range(len(masklets.object_ids)))
+        assert all(masklets.annotated)
+        assert masklets.visible(0) == masklets.visible(CLIP_LENGTH - 1) == everyone
+        assert min(masklets.masks(0, everyone).sum((1, 2))) > 100
+        returns += any(masklets.visible(number) != everyone for number in range(CLIP_LENGTH))
+        numbers.add(len(everyone))
+    assert returns >= 8
+    assert numbers == {1, 2, 3}
+
+
+def test_a_clip_is_drawn_again_alike_and_moves() -> None:
+    one, other = (draw_clip(np.random.default_rng(3), comes_back=True) for _ in range(2))
+    for (frame, labels), (again, the_same) in zip(one, other, strict=True):
+        np.testing.assert_array_equal(frame, again)
+        np.testing.assert_array_equal(labels, the_same)
+        assert frame.shape == (120, 160, 3)
+        assert frame.dtype == labels.dtype == np.uint8
+    assert all((labels != one[0][1]).any() for _, labels in one[1:])

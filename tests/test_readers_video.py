@@ -227,10 +227,10 @@ def code(mask: np.ndarray) -> dict[str, Any]:
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
-def film(path: Path, count: int, size: tuple[int, int] = (64, 96)) -> Path:
-    """A video in which a white bar grows by four pixels from frame to frame."""
+def film(path: Path, count: int, size: tuple[int, int] = (64, 192), code: str = "mp4v") -> Path:
+    """A video in which a white bar grows by two pixels from frame to frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 24, size[::-1])
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*code), 24, size[::-1])
     for number in range(count):
         picture = np.zeros((*size, 3), np.uint8)
         picture[:, : 2 * number + 2] = 255
@@ -276,7 +276,7 @@ def test_masklets_of_sav_beside_pictures(tmp_path: Path) -> None:
 
 
 def test_masklets_of_sav_beside_a_video(tmp_path: Path) -> None:
-    path = masklets(tmp_path / "json", [[np.ones((64, 96))], [np.ones((64, 96))]], masklet_id=[0])
+    path = masklets(tmp_path / "json", [[np.ones((64, 192))], [np.ones((64, 192))]], masklet_id=[0])
     film(tmp_path / "films/sav_1.mp4", 6)
     (sample,) = read_all(video_reader(str(path), images=tmp_path / "films"))
     assert sample.masks.annotated == (True, False, False, False, True, False)
@@ -296,7 +296,7 @@ def test_faults_of_masklets(tmp_path: Path) -> None:
         "masklet[0][1] is no run-length code: 3",
         "masklet[1] is no list",
         "has a masklet_id that is no whole number, or that two masklets have",
-        "has masks for 3 of every 4. frame, but there are 8 frames",
+        "has masks of 3 frames, every fourth, but there are 8 in all",
     ]
 
 
@@ -328,7 +328,10 @@ def test_a_jump_that_misses_its_frame_is_noticed(tmp_path: Path, monkeypatch: py
 
 def test_videos_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
-    for name, problem in (("text.mp4", "cannot be read as a video"), ("none.mp4", "does not exist")):
+    whole = film(tmp_path / "whole.avi", 80, code="MJPG")
+    (tmp_path / "cut.avi").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    cases = {"text.mp4": "cannot be read as a video", "none.mp4": "does not exist", "cut.avi": "is damaged or cut off"}
+    for name, problem in cases.items():
         with pytest.raises(DataError, match=problem):
             FilmFrames(str(tmp_path / name))
 
@@ -367,7 +370,7 @@ LINKED = [
 
 def test_coco_images_with_a_video_are_clips(tmp_path: Path) -> None:
     first, second = read_all(video_reader(str(linked(tmp_path, IMAGES, LINKED))))
-    assert first.sample_id == "instances_train/9"
+    assert (first.sample_id, Path(first.path).name) == ("instances_train/9", "a2.png")
     assert [each[0, 0, 0] for each in first.frames] == [20, 30, 10]
     assert first.masks.object_ids == (3, 8)
     assert shown(first) == [[8], [], [3, 8]]
