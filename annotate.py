@@ -12,13 +12,14 @@ Pictures are copied as they are, frames of videos become .png:
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -79,28 +80,31 @@ class Annotator:
     def of(self, clip: Clip, categories: Mapping[int, int]) -> Iterator[Annotate]:
         """A function that takes frames of a clip whose objects have these categories; an exception in the block leaves
         nothing of them."""
-        written: list[Path] = []
-        rows: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
 
         def annotate(number: int, picture: np.ndarray, labels: np.ndarray) -> None:
             if number % self.every:
                 return
             stem = clip.name if clip.is_still else f"{clip.name}/{clip.frame_name(number)}"
             file = self._write_picture(clip.frame_path(number), stem, picture)
-            written.append(file)
             if self.task == "instance":
-                self._note(rows, file, labels, categories)
+                self._note(file, labels, categories)
             else:
-                written.append(self._write_mask(stem, labels, categories))
+                self._write_mask(stem, labels, categories)
 
-        try:
-            yield annotate
-        except BaseException:
-            for file in written:
-                file.unlink(missing_ok=True)
-            raise
-        for name, part in rows.items():
-            self._lists[name].extend(part)
+        with ExitStack() as rows:
+            for records in self._lists.values():
+                rows.enter_context(records.whole())
+            try:
+                yield annotate
+            except BaseException:
+                self._remove(clip)
+                raise
+
+    def _remove(self, clip: Clip) -> None:
+        for part in filter(None, FOLDERS[self.task]):
+            pattern = f"{glob.escape(clip.name)}.*" if clip.is_still else f"{glob.escape(clip.name)}/*.*"
+            for file in filter(Path.is_file, (self._folder / part).glob(pattern)):
+                file.unlink()
 
     def _write_picture(self, source: str, stem: str, picture: np.ndarray) -> Path:
         """A copy of the file that it is, or else a .png."""
@@ -113,7 +117,7 @@ class Annotator:
             write_image(file, picture)
         return file
 
-    def _write_mask(self, stem: str, labels: np.ndarray, categories: Mapping[int, int]) -> Path:
+    def _write_mask(self, stem: str, labels: np.ndarray, categories: Mapping[int, int]) -> None:
         file = self._folder / self._masks / f"{stem}.png"
         if self.task == "binary":
             write_image(file, np.where(labels > 0, 255, 0).astype(np.uint8))
@@ -121,31 +125,27 @@ class Annotator:
             classes = np.zeros(256, np.uint8)
             classes[list(categories)] = list(categories.values())
             write_palette(file, classes[labels])
-        return file
 
-    def _note(
-        self, rows: dict[str, list[dict[str, Any]]], file: Path, labels: np.ndarray, categories: Mapping[int, int]
-    ) -> None:
+    def _note(self, file: Path, labels: np.ndarray, categories: Mapping[int, int]) -> None:
         """A picture and its objects as rows of a COCO file."""
         self._counts["images"] += 1
         image = self._counts["images"]
         height, width = labels.shape
         name = file.relative_to(self._folder).as_posix()
-        rows["images"].append({"id": image, "file_name": name, "height": height, "width": width})
+        self._lists["images"].extend([{"id": image, "file_name": name, "height": height, "width": width}])
         for number in np.unique(labels[labels > 0]).tolist():
             self._counts["annotations"] += 1
             code = coco_mask.encode(np.asfortranarray(labels == number, np.uint8))
-            rows["annotations"].append(
-                {
-                    "id": self._counts["annotations"],
-                    "image_id": image,
-                    "category_id": categories[number],
-                    "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
-                    "bbox": coco_mask.toBbox(code).tolist(),
-                    "area": int(coco_mask.area(code)),
-                    "iscrowd": 0,
-                }
-            )
+            record = {
+                "id": self._counts["annotations"],
+                "image_id": image,
+                "category_id": categories[number],
+                "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
+                "bbox": coco_mask.toBbox(code).tolist(),
+                "area": int(coco_mask.area(code)),
+                "iscrowd": 0,
+            }
+            self._lists["annotations"].extend([record])
 
     def _part(self, name: str) -> Path:
         return self._folder / f"{name}.list"

@@ -262,16 +262,17 @@ def write_still(clip: Clip, found: Iterable[Found], names: Names, outputs: Outpu
 
 def write_clip(clip: Clip, found: Iterable[Found], names: Names, outputs: Outputs) -> None:
     """The masks as a folder of palette PNGs, and what is drawn as .mp4: all of them, or nothing."""
-    scores: dict[int, dict[int, float]] = {}
     with ExitStack() as files:
+        files.enter_context(outputs.records.whole())
         folder = files.enter_context(LabelFolder(outputs.folder / "masks" / clip.name))
 
-        def keep(one: Found) -> None:
-            folder.put(clip.frame_name(one.number), one.labels)
-            scores[one.number] = one.scores
+        def keep(one: Found) -> list[dict[str, Any]]:
+            frame = clip.frame_name(one.number)
+            folder.put(frame, one.labels)
+            return records(one.labels, f"{clip.name}/{frame}", one.scores, names)
 
-        for _ in ahead(keep, found, WRITERS, WRITERS):
-            pass
+        for each in ahead(keep, found, WRITERS, WRITERS):
+            outputs.records.extend(each)
         videos = {
             kind: files.enter_context(VideoWriter(outputs.folder / kind / f"{clip.name}.mp4", clip.rate, size))
             for kind, size in drawn_sizes(clip.size, outputs.kinds).items()
@@ -287,10 +288,6 @@ def write_clip(clip: Clip, found: Iterable[Found], names: Names, outputs: Output
             for kind, pixels in pictures.items():
                 videos[kind].append(pixels)
             annotate(number, picture, labels)
-        for number in sorted(scores):
-            frame = clip.frame_name(number)
-            found_there = records(folder.get(frame), f"{clip.name}/{frame}", scores[number], names)
-            outputs.records.extend(found_there)
 
 
 @contextmanager

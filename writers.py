@@ -97,6 +97,18 @@ class JsonList:
                 self._file.write(self._separator + json.dumps(record))
                 self._separator = ",\n"
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """A block of which all records stay, or none where it ends in an exception."""
+        place, separator = self._file.tell(), self._separator
+        try:
+            yield
+        except BaseException:
+            self._file.seek(place)
+            self._file.truncate()
+            self._separator = separator
+            raise
+
     def __enter__(self) -> JsonList:
         return self
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -61,7 +62,7 @@ def follow(count: int, size: int, variant: str, threads: int) -> tuple[float, fl
         with JsonList(Path(folder, "results.json")) as records:
             faults = follow_all(follower, clips, prompts, Outputs(Path(folder), ["overlays"], records))
         seconds = time.perf_counter() - began
-        written = len(list(Path(folder, "masks/video").iterdir()))
+        written = len(os.listdir(Path(folder, "masks/video")))
         if faults or written != count:
             raise RuntimeError(f"{written} of {count} frames were written: {faults}")
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

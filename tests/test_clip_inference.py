@@ -19,6 +19,7 @@ import automatic
 import checkpoint
 import inference
 import video
+from annotate import Annotator
 from automatic import grid_points
 from clip_files import PictureClip, VideoClip, in_time
 from clip_inference import Follower, last_correction
@@ -303,6 +304,8 @@ def test_what_cannot_be_read_leaves_nothing_and_the_others_go_on(
     made = files_below(tmp_path / "out")
     assert {name for name in made if "/b" in name or "/d" in name} == set()
     assert {"overlays/a.mp4", "annotations/gt/a/00015.png"} <= made
+    records = json.loads((tmp_path / "out/results_segm.json").read_text())
+    assert {record["image_id"].split("/")[0] for record in records} == {"a"}
     assert "annotations/gt/a/00001.png" not in made
 
 
@@ -434,6 +437,35 @@ def test_annotations_are_read_again_without_a_fault(infer: Command, tmp_path: Pa
             assert sample.class_ids == [{1: 0, 3: 1}[number] for number in there]
             for number, code in zip(there, sample.masks.codes, strict=True):
                 assert (coco_mask.decode(code) == (labels == number)).all()
+
+
+@pytest.mark.parametrize("task", ["binary", "semantic", "instance"])
+def test_a_clip_that_fails_leaves_nothing_in_the_annotations(tmp_path: Path, task: Any) -> None:
+    clips = []
+    for name in ("a", "a/b", "c"):
+        files = [str(save(tmp_path / f"in/{name}/{number}.png", frame)) for number, frame in enumerate(film(2))]
+        clips.append(PictureClip(name, str(tmp_path / "in" / name), files))
+    labels = square(20, 10).astype(np.uint8)
+    with Annotator(tmp_path / "set", task, ["x"]) as annotator:
+        for clip in clips:
+            with suppress(KeyError), annotator.of(clip, {1: 1}) as annotate:
+                annotate(0, labels, labels)
+                annotate(1, labels, labels)
+                if clip.name == "a":
+                    raise KeyError
+        assert not (tmp_path / "set").exists()
+    made = {name for name in files_below(tmp_path / "set") if "/" in name}
+    assert {name.partition("/")[2].rpartition("/")[0] for name in made} == {"a/b", "c"}
+    if task == "instance":
+        content = json.loads((tmp_path / "set/annotations.json").read_text())
+        assert [row["file_name"].rpartition("/")[0] for row in content["images"]] == ["images/a/b"] * 2 + [
+            "images/c"
+        ] * 2
+        assert {row["image_id"] for row in content["annotations"]} == {row["id"] for row in content["images"]}
+    with suppress(KeyError), Annotator(tmp_path / "other", task, ["x"]):
+        raise KeyError
+    assert not (tmp_path / "other").exists()
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_annotations_go_into_a_new_folder(infer: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
