@@ -19,3 +19,12 @@ def test_row_38_malformed_coco(first: int, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > PART
+
+
+@pytest.mark.parametrize("first", range(0, 10_000, PART))
+def test_malformed_clips(first: int, tmp_path: Path) -> None:
+    """The same with SA-V's json, and with one of COCO whose objects are linked."""
+    program = f"from tests.test_readers_video import fuzz; fuzz({str(tmp_path)!r}, {first}, {first + PART})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > PART
