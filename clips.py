@@ -51,7 +51,10 @@ class DrawClip:
             for number in frames
         }
         return replace(
-            sample, frames=[frames[number] for number in numbers], masks=[maps[number] for number in numbers]
+            sample,
+            frames=[frames[number] for number in numbers],
+            masks=[maps[number] for number in numbers],
+            numbers=numbers,
         )
 
     def _draw(self, sample: Sample, masklets: Masklets, rng: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -141,15 +144,13 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, key: SampleKey) -> Item:
         whole = self.reader.read(key.index)
+        sample = whole if self.augment is None else self._drawn(whole, key)
+        height, width = sample.frames[0].shape[:2]
+        info = SampleInfo(whole.sample_id, whole.path, whole.dataset, (height, width), frames=sample.numbers)
         if self.augment is None:
-            image: Any = FrameStream(whole.frames, key.size)
-            target, (height, width) = self.make_target(whole, whole), whole.frames[0].shape[:2]
-        else:
-            drawn = self._drawn(whole, key)
-            height, width = drawn.frames[0].shape[:2]
-            sample = self.augment(drawn, key.size, self._seeds(key))
-            image, target = np.stack(sample.frames), self.make_target(sample, None)
-        return Item(image, target, SampleInfo(whole.sample_id, whole.path, whole.dataset, (height, width)), key)
+            return Item(FrameStream(whole.frames, key.size), self.make_target(whole, whole), info, key)
+        sample = self.augment(sample, key.size, self._seeds(key))
+        return Item(np.stack(sample.frames), self.make_target(sample, None), info, key)
 
     def prepared(self, key: SampleKey) -> Sample:
         """The frames that the model will see, one below the other, with the objects as labels from 1."""

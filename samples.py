@@ -70,6 +70,7 @@ class Sample:
     path: str = ""
     dataset: str = ""
     are_labels: bool = False  # masks are labels: never interpolated, and ignored where there is no picture
+    numbers: Sequence[int] = ()  # of the frames, where they were drawn from a clip
 
 
 @dataclass
@@ -81,6 +82,7 @@ class SampleInfo:
     dataset: str
     size: Size
     content: tuple[float, float] = (1.0, 1.0)  # shares of the input's sides that hold the picture, from the top left
+    frames: Sequence[int] = ()  # of a clip of which some were drawn: their numbers
 
 
 class Targets(Protocol):
