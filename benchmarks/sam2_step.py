@@ -66,6 +66,7 @@ def ours(options: argparse.Namespace) -> Step:
     model = create_model(
         "sam2",
         variant=options.variant,
+        drop_path=0.0,  # as the official configurations have it
         point_prompts=1.0,
         box_prompts=0.0,
         conditioning_frames=1,

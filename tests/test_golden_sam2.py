@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.base import key_pairs
+from models.sam2.hiera import stages
 from models.sam2.mask_decoder import take
 from models.sam2.model import Sam2
 from models.sam2.parts import Points, mask_logits, resize
@@ -78,11 +79,14 @@ def test_features(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trunk = model.image_encoder.trunk
     patches = torch.zeros_like(trunk.patch_embed(images[:1]))
     assert_close(trunk._pos_embed(patches), expected["trunk_pos_embed"])
-    stages = trunk.forward_intermediates(images, intermediates_only=True)
-    for i, stage in enumerate(stages):
-        assert_close(stage, expected[f"trunk_stage{i}"])
-    monkeypatch.setattr(trunk, "forward_intermediates", lambda *_, **__: stages)  # once is enough
-    for i, feature in enumerate(model.image_encoder(images)):
+    maps = stages(trunk, images)
+    for i, stage in enumerate(maps):
+        assert_close(stage.permute(0, 3, 1, 2), expected[f"trunk_stage{i}"])
+    monkeypatch.setattr("models.sam2.image_encoder.stages", lambda *_: maps)  # once is enough
+    unchanged: Any = nn.Conv2d(256, 256, 1)
+    nn.init.dirac_(unchanged.weight)
+    nn.init.zeros_(unchanged.bias)
+    for i, feature in enumerate(model.image_encoder(images, unchanged, unchanged)):
         assert_close(feature, expected[f"fpn{i}"])
         position = sine_map(feature.shape[-2], feature.shape[-1], 256, feature.device)
         assert_close(position.expand(len(images), -1, -1, -1), expected[f"vision_pos_enc{i}"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import KeyTable
+from models.sam2.hiera import stages
 
 WIDTH = 256  # channels of all features
 
@@ -32,7 +33,7 @@ TRUNKS = {
 
 
 class ImageEncoder(nn.Module):
-    """(B, 3, H, W), sides multiples of 32 → maps (B, 256, ·, ·) at strides 4, 8 and 16."""
+    """(B, 3, H, W), sides multiples of 32 → maps at strides 4, 8 and 16."""
 
     def __init__(self, variant: str) -> None:
         super().__init__()
@@ -42,10 +43,16 @@ class ImageEncoder(nn.Module):
         channels = [info["num_chs"] for info in self.trunk.feature_info]
         self.neck = nn.ModuleList(nn.Conv2d(count, WIDTH, 1) for count in reversed(channels))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        finest, finer, coarse, coarsest = self.trunk.forward_intermediates(images, intermediates_only=True)
+    def forward(self, images: Tensor, finest_proj: nn.Conv2d, finer_proj: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, ·, H/4, W/4) and (B, ·, H/8, W/8), as these convolutions of 256 channels make them, which nobody else
+        reads; and (B, 256, H/16, W/16)."""
+        finest, finer, coarse, coarsest = (x.permute(0, 3, 1, 2) for x in stages(self.trunk, images))
         top = F.interpolate(self.neck[0](coarsest).float(), scale_factor=2.0, mode="nearest")
-        return self.neck[3](finest), self.neck[2](finer), self.neck[1](coarse) + top
+        return (
+            in_one(self.neck[3], finest_proj, finest),
+            in_one(self.neck[2], finer_proj, finer),
+            self.neck[1](coarse) + top,
+        )
 
     def official_keys(self) -> KeyTable:
         table = [(f"trunk.{part}", f"trunk.{part}") for part in ("pos_embed", "pos_embed_window", "patch_embed")]
@@ -55,3 +62,9 @@ class ImageEncoder(nn.Module):
             table += [(f"{block}.mlp.layers.{j}", f"{block}.mlp.fc{j + 1}") for j in range(2)]
             table += [(f"{block}.proj", f"{block}.proj")]
         return table + [(f"neck.convs.{i}.conv", f"neck.{i}") for i in range(4)]
+
+
+def in_one(first: Any, second: Any, x: Tensor) -> Tensor:
+    """Two 1×1 convolutions after each other, with nothing between, are one: a twelfth of the products."""
+    inner, outer = first.weight[..., 0, 0], second.weight[..., 0, 0]
+    return F.conv2d(x, (outer @ inner)[..., None, None], outer @ first.bias + second.bias)

@@ -93,8 +93,8 @@ class Sam2Parts(Model):
         height, width = images.shape[-2:]
         if not torch.compiler.is_compiling() and (height % self.stride or width % self.stride):
             raise UserError(f"an input of {width}×{height} pixels: SAM 2 needs sides that are multiples of 32")
-        finest, finer, coarse = self.image_encoder(images)
-        return Features(coarse, self.mask_decoder.finer_proj(finer), self.mask_decoder.finest_proj(finest))
+        finest, finer, coarse = self.image_encoder(images, self.mask_decoder.finest_proj, self.mask_decoder.finer_proj)
+        return Features(coarse, finer, finest)
 
     def without_memory(self, features: Features) -> Tensor:
         """What `decode` and `segment` take of frames that remember nothing: images, and frames with a first prompt."""
