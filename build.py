@@ -254,6 +254,8 @@ def build_model(config: Config, world: World, log: Log, pretrained: bool = True)
         model.freeze(config.optimizer.freeze)
     if config.train.activation_checkpointing:
         model.set_activation_checkpointing(True)
+    if config.train.cache_features:
+        cache_features(config, model)
     if config.train.sync_bn and world.size > 1:
         if world.device.type != "cuda":
             raise UserError("train.sync_bn needs CUDA devices: torch has no synchronised batch norm for others")
@@ -261,6 +263,18 @@ def build_model(config: Config, world: World, log: Log, pretrained: bool = True)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model.to(world.device)
+
+
+def cache_features(config: Config, model: Any) -> None:
+    """Let the model keep features of training frames; raises `UserError` where they would not come again."""
+    if not hasattr(model, "keep_features"):
+        raise UserError(f"train.cache_features: models of the family {config.model.family} keep none; leave it out")
+    if config.data.augment != []:
+        raise UserError(
+            "train.cache_features: augmentation makes another picture of a frame each time, so none comes again; set "
+            "data.augment: [], or leave cache_features out"
+        )
+    model.keep_features(config.train.cache_features)
 
 
 def check_classes(config: Config, class_names: Sequence[str]) -> None:

@@ -58,6 +58,7 @@ ALIASES = {
     "save_step": "checkpoint.save_step",
     "log_frequency": "logging.log_frequency",
     "max_samples": "data.max_samples",
+    "trainable_modules": "model.trainable",
     "load_all": "data.load_all",
     "dynamic_size": "data.dynamic_size",
     "image_path": "data.train",

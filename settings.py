@@ -327,6 +327,10 @@ class TrainSettings:
     compile: bool = setting(False, "torch.compile the model's parts")
     channels_last: bool = setting(False, "channels-last memory layout")
     activation_checkpointing: bool = setting(False, "recompute activations in backward to save memory")
+    cache_features: float = setting(
+        0.0, "video: gigabytes of memory for what a frozen image encoder makes of frames, to be used again; 0: none",
+        min=0, volatile=True,
+    )  # fmt: skip
     deterministic: bool = setting(False, "deterministic CUDA algorithms: slower, bitwise resume on a GPU")
     sync_bn: bool = setting(False, "batch statistics over all ranks")
     freeze_bn: bool = setting(False, "keep batch-norm statistics as they are")

@@ -496,6 +496,43 @@ class Known:
         return self.truth[list(objects), frame]
 
 
+def test_features_of_a_frozen_encoder_are_kept_by_frame_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from models.sam2 import model as module
+
+    computed: list[Any] = []
+    real = module.stages
+
+    def counting(trunk: Any, images: Tensor) -> list[Tensor]:
+        computed.append(tuple(images.shape))
+        return real(trunk, images)
+
+    monkeypatch.setattr(module, "stages", counting)
+    model = build(trainable=["mask_decoder"], correction_clicks=1, dropout=0.0, drop_path=0.3).train()
+    plain = build(trainable=["mask_decoder"], correction_clicks=1, dropout=0.0, drop_path=0.0).train()
+    model.keep_features(1.0)
+    batch = clip_batch()
+    batch.samples = [SimpleNamespace(sample_id=name, frames=[4, 2, 2]) for name in ("a", "b")]
+    batch.images[:, 2] = batch.images[:, 1]  # the same frame again
+    losses = step(model, batch)
+    assert computed == 4 * [(1, 3, *SIZE)]
+    torch.testing.assert_close(losses, step(plain, batch), rtol=1e-4, atol=1e-5)
+    assert step(model, batch) == losses
+    assert len(computed) == 4
+    batch.images = batch.images[..., :64]
+    batch.targets.masks = batch.targets.masks[..., :64]
+    step(model, batch)
+    assert len(computed) == 8
+    model.feature_cache.limit = 0
+    batch.samples[0].frames = [5, 5, 6]
+    step(model, batch)
+    assert len(computed) == 11  # frames that find no room are computed each time
+
+
+def test_features_of_an_encoder_that_trains_cannot_be_kept() -> None:
+    with pytest.raises(UserError, match="the image encoder trains"):
+        build().keep_features(1.0)
+
+
 @pytest.mark.parametrize("prompt", ["mask", "click", "box"])
 def test_evaluation_follows_objects_from_where_they_appear(
     model: Any, prompt: str, monkeypatch: pytest.MonkeyPatch

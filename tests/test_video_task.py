@@ -111,6 +111,8 @@ def test_what_clips_cannot_have_is_refused(data: Path, tmp_path: Path, monkeypat
     for flags, words in (
         (["--evaluation.tta"], "evaluation.tta"),
         (["--data.load_all"], "data.load_all"),
+        (["--train.cache_features", "1"], "data.augment"),
+        (["--train.cache_features", "1", "--data.augment", "[]"], "model.trainable"),
         (["--data.resize", "pad"], "data.resize"),
         (["--data.mix", "{mosaic: 1}"], "data.mix"),
     ):

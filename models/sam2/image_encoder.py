@@ -43,10 +43,13 @@ class ImageEncoder(nn.Module):
         channels = [info["num_chs"] for info in self.trunk.feature_info]
         self.neck = nn.ModuleList(nn.Conv2d(count, WIDTH, 1) for count in reversed(channels))
 
-    def forward(self, images: Tensor, finest_proj: nn.Conv2d, finer_proj: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, finest_proj: nn.Conv2d, finer_proj: nn.Conv2d, maps: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, ·, H/4, W/4) and (B, ·, H/8, W/8), as these convolutions of 256 channels make them, which nobody else
-        reads; and (B, 256, H/16, W/16)."""
-        finest, finer, coarse, coarsest = (x.permute(0, 3, 1, 2) for x in stages(self.trunk, images))
+        reads; and (B, 256, H/16, W/16). `maps`: those of the trunk, where they are known."""
+        maps = stages(self.trunk, images) if maps is None else maps
+        finest, finer, coarse, coarsest = (x.permute(0, 3, 1, 2) for x in maps)
         top = F.interpolate(self.neck[0](coarsest).float(), scale_factor=2.0, mode="nearest")
         return (
             in_one(self.neck[3], finest_proj, finest),

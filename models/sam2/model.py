@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from errors import UserError, nearest
 from models.base import KeyTable, LoadReport, unwrap
+from models.sam2.feature_cache import FeatureCache
 from models.sam2.graphs import Graph, graphs_of
+from models.sam2.hiera import stages
 from models.sam2.image_encoder import TRUNKS
 from models.sam2.parts import ABSENT, Points, Sam2Parts
 from models.sam2.prompt_encoder import POSITIVE
@@ -78,6 +81,7 @@ class Sam2(Sam2Parts):
                 )
         super().__init__(variant, dropout)
         self.variant, self.evaluation_prompt = variant, evaluation_prompt
+        self.feature_cache: FeatureCache | None = None
         self.user = RandomUser(
             point_prompts, box_prompts, conditioning_frames, corrected_frames, correction_clicks, true_clicks
         )
@@ -89,7 +93,8 @@ class Sam2(Sam2Parts):
         images: Tensor = getattr(batch, "images", batch)
         if images.ndim == 4:
             return self.segment_middle(images)
-        return segment_clips(self, images, batch.targets.masks > 0, batch.targets.clips, self.user)
+        maps = self.kept_maps(batch, self.feature_cache) if self.feature_cache else None
+        return segment_clips(self, images, batch.targets.masks > 0, batch.targets.clips, self.user, maps)
 
     def segment_middle(self, images: Tensor) -> dict[str, Tensor]:
         """Three masks for a click in the middle of each image (B, 3, H, W)."""
@@ -145,6 +150,29 @@ class Sam2(Sam2Parts):
             tracker.add_points(frame, image, number, click.positions[0].tolist(), click.labels[0].tolist())
 
     # --- training -------------------------------------------------------------------------------------------------
+
+    def keep_features(self, gigabytes: float) -> None:
+        """From now on keep what the trunk makes of training frames, in so much of the host's memory. Frames are known
+        by their clip, number and size: nothing may change their pixels. Raises `UserError` for a trunk that trains."""
+        if any(parameter.requires_grad for parameter in self.image_encoder.parameters()):
+            raise UserError(
+                "train.cache_features: the image encoder trains, so its features change in every step; name other "
+                "parts in model.trainable"
+            )
+        self.feature_cache = FeatureCache(int(gigabytes * 1e9))
+        self.train(self.training)
+
+    def kept_maps(self, batch: Any, cache: FeatureCache) -> list[Tensor]:
+        """The trunk's maps of all frames of a training batch."""
+        keys = [(sample.sample_id, number) for sample in batch.samples for number in sample.frames]
+        return cache(partial(stages, self.image_encoder.trunk), batch.images.flatten(0, 1), keys)
+
+    def train(self, mode: bool = True) -> Sam2:
+        """As in `Model`; a trunk whose features are kept has no stochastic depth."""
+        super().train(mode)
+        if self.feature_cache is not None:
+            self.image_encoder.eval()
+        return self
 
     def decays(self, name: str) -> bool:
         """As official: all but biases and the norms of transformers."""

@@ -87,13 +87,14 @@ class Sam2Parts(Model):
         self.memory_encoder = MemoryEncoder()
         self.object_pointers = ObjectPointers()
 
-    def encode(self, images: Tensor) -> Features:
-        """Features of normalised images (N, 3, H, W), as many frames and clips at once as there is memory for.
-        Raises `UserError` for sides that are no multiples of 32."""
+    def encode(self, images: Tensor, maps: list[Tensor] | None = None) -> Features:
+        """Features of normalised images (N, 3, H, W), as many frames and clips at once as there is memory for; `maps`
+        are those of the trunk, where they are known. Raises `UserError` for sides that are no multiples of 32."""
         height, width = images.shape[-2:]
         if not torch.compiler.is_compiling() and (height % self.stride or width % self.stride):
             raise UserError(f"an input of {width}×{height} pixels: SAM 2 needs sides that are multiples of 32")
-        finest, finer, coarse = self.image_encoder(images, self.mask_decoder.finest_proj, self.mask_decoder.finer_proj)
+        decoder = self.mask_decoder
+        finest, finer, coarse = self.image_encoder(images, decoder.finest_proj, decoder.finer_proj, maps)
         return Features(coarse, finer, finest)
 
     def without_memory(self, features: Features) -> Tensor:

@@ -14,12 +14,15 @@ from models.sam2.prompts import User
 Outputs = dict[str, list[Any]]
 
 
-def segment_clips(model: Sam2Parts, images: Tensor, truth: Tensor, clips: Tensor, user: User) -> Outputs:
+def segment_clips(
+    model: Sam2Parts, images: Tensor, truth: Tensor, clips: Tensor, user: User, maps: list[Tensor] | None = None
+) -> Outputs:
     """
     Args:
         images: (B, T, 3, H, W), normalised.
         truth: (N, T, H, W) bool, the masks of all objects of all clips.
         clips: (N,) int64, the clip of each object.
+        maps: of the trunk, of all frames of the first clip, then of the second …, where they are known.
 
     Returns:
         One entry for each time that masks were predicted, none for frames where they were given, several for frames
@@ -28,7 +31,7 @@ def segment_clips(model: Sam2Parts, images: Tensor, truth: Tensor, clips: Tensor
         logits of the object being there.
     """
     num_frames = images.shape[1]
-    features = model.encode(images.flatten(0, 1))
+    features = model.encode(images.flatten(0, 1), maps)
     plan = user.plan(num_frames)
     lasting = {*plan.conditioning, *plan.corrected}
     past: dict[int, Left] = {}
