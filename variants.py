@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,15 +24,18 @@ from settings import FAMILY_SETTINGS
 README = Path(__file__).resolve().parent / "README.md"
 BEGIN, END = "<!-- what `python variants.py` prints -->\n", "<!-- end -->"
 COLUMNS = ("family", "size", "parameters", "G multiply-additions", "input", "published weights", "their licence")
+TIMM_LICENCES = {
+    "apache-2.0": "Apache-2.0", "mit": "MIT", "bsd-3-clause": "BSD-3-Clause", "dinov3-license": "DINOv3 License",
+}  # fmt: skip
+TIMM = "hf-hub:timm/"
 NUM_CLASSES = 80  # of the models that are counted, where they have classes
 
-# Of weights by who publishes them.
+# Of weights by who publishes them, as they say: BiRefNet, Swin, PVT and SAM 2 in their repositories, RF-DETR, SegFormer
+# and DINOv2 beside the weights, torchvision of its code (weights may have the terms of their data). timm knows its own.
 LICENCES = {
     "hf-hub:ZhengPeng7/": "MIT",
     "hf-hub:nvidia/": "NVIDIA, non-commercial",
     "hf-hub:facebook/": "Apache-2.0",
-    "hf-hub:timm/vit_.*dinov3": "DINOv3 License",
-    "hf-hub:timm/": "as its page says",
     "https://storage.googleapis.com/rfdetr/": "Apache-2.0",
     "https://dl.fbaipublicfiles.com/segment_anything_2/": "Apache-2.0",
     "https://github.com/SwinTransformer/": "MIT",
@@ -80,6 +84,9 @@ def origin(address: str) -> str:
 
 def licence(address: str) -> str:
     """Of the weights behind an address; an unknown publisher is a mistake of this table."""
+    if address.startswith(TIMM):
+        about: Any = timm.get_pretrained_cfg(address.removeprefix(TIMM))
+        return TIMM_LICENCES.get(about.license, about.license or "as its page says")
     return next(name for pattern, name in LICENCES.items() if re.match(pattern, address)) if address else ""
 
 
