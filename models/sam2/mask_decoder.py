@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import KeyTable
@@ -10,6 +13,7 @@ from models.sam2.image_encoder import WIDTH
 from models.sam2.layers import Attention, LayerNorm2d, Mlp
 
 MASKS = 4  # the single mask, then three for when a prompt may mean several things
+MLP_WIDTH = 2048  # channels between the two layers of an MLP
 STABILITY_DELTA = 0.05  # a mask is stable when thresholds this far to both sides of 0 leave it the same
 
 
@@ -76,12 +80,12 @@ class MaskDecoder(nn.Module):
         """
         own = torch.cat((self.object_token.weight, self.iou_token.weight, self.mask_tokens.weight))
         tokens = torch.cat((own.expand(len(tokens), -1, -1), tokens), 1)
-        tokens, x = self.transformer(image.flatten(2).mT, position.flatten(1).mT, tokens)
-        x = self.upscale(x.mT.unflatten(-1, image.shape[-2:]), finest, finer)
+        tokens, x = self.transformer(rows_of(image), rows_of(position), tokens)
+        x = self.upscale(x, finest, finer)
         mask_tokens = tokens[:, 2 : 2 + MASKS][:, chosen]
         nets = zip(self.hypernetworks[chosen], mask_tokens.unbind(1), strict=True)
         filters = torch.stack([net(token) for net, token in nets], 1)
-        logits = (filters @ x.flatten(2)).unflatten(-1, x.shape[-2:])
+        logits = from_cells(filters @ x.mT, *image.shape[-2:])
         ious = self.iou_head(tokens[:, 1]).sigmoid()[:, chosen]
         return logits, ious, mask_tokens, self.object_head(tokens[:, 0])
 
@@ -90,10 +94,14 @@ class MaskDecoder(nn.Module):
         return not self.training and self.least_stability > 0
 
     def upscale(self, x: Tensor, finest: Tensor, finer: Tensor) -> Tensor:
-        """(B, 256, h, w) → (B, 32, 4h, 4w), with the finer maps of the image added on the way."""
+        """(B, h·w, 256) → (B, 16·h·w, 32), with the finer maps of the image added on the way.
+
+        Transposed convolutions whose patches do not overlap are products, so the parts of a cell may stay together, in
+        the order of `to_cells`, and only finished masks are brought into rows.
+        """
         to_finer, norm, act, to_finest, last_act = self.upscaling
-        x = act(norm(to_finer(x) + finer))
-        return last_act(to_finest(x) + finest)
+        x = act(norm.normalise(parts_of(x, to_finer) + to_cells(finer, 1)))
+        return last_act(parts_of(x, to_finest) + to_cells(finest, 2))
 
     def take_stable(self, logits: Tensor, ious: Tensor) -> tuple[Tensor, Tensor]:
         """The first of four masks where it is stable, else the one of the others with the highest predicted IoU."""
@@ -118,6 +126,31 @@ class MaskDecoder(nn.Module):
             "pred_obj_score_head": "object_head",
         }
         return [("transformer", "transformer"), *renamed.items()]
+
+
+def parts_of(x: Tensor, upscaling: Any) -> Tensor:
+    """A 2×2 transposed convolution of stride 2, of cells each by itself: (B, N, C) → (B, 4·N, C')."""
+    weight = upscaling.weight.permute(2, 3, 1, 0)  # (2, 2, C', C)
+    return F.linear(x, weight.flatten(0, 2), upscaling.bias.repeat(4)).unflatten(-1, (4, -1)).flatten(1, 2)
+
+
+def rows_of(maps: Tensor) -> Tensor:
+    """(..., C, h, w) → (..., h·w, C), in memory too: many products read it."""
+    return maps.flatten(-2).mT.contiguous()
+
+
+def to_cells(x: Tensor, levels: int) -> Tensor:
+    """(B, C, H, W) → (B, H·W, C), where each 2×2 pixels that became of one stand together, so many times over."""
+    sides = [2] * levels
+    x = x.unflatten(3, (-1, *sides)).unflatten(2, (-1, *sides))
+    order = [axis for level in range(levels + 1) for axis in (2 + level, 3 + levels + level)]  # rows, then columns
+    return x.permute(0, *order, 1).flatten(1, -2)
+
+
+def from_cells(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, M, 16·h·w), in that order → (B, M, 4·h, 4·w)."""
+    x = x.unflatten(2, (height, width, 2, 2, 2, 2))
+    return x.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(5).flatten(2, 4)
 
 
 def take(masks: Tensor, index: Tensor) -> Tensor:
@@ -155,7 +188,7 @@ class TwoWayBlock(nn.Module):
         self.norm1 = nn.LayerNorm(WIDTH)
         self.cross_attn_token_to_image = Attention(WIDTH, WIDTH // 2, 8)
         self.norm2 = nn.LayerNorm(WIDTH)
-        self.mlp = Mlp(WIDTH, 2048, WIDTH, 2)
+        self.mlp = Mlp(WIDTH, MLP_WIDTH, WIDTH, 2)
         self.norm3 = nn.LayerNorm(WIDTH)
         self.norm4 = nn.LayerNorm(WIDTH)
         self.cross_attn_image_to_token = Attention(WIDTH, WIDTH // 2, 8)

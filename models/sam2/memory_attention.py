@@ -13,6 +13,7 @@ from models.sam2.memory_encoder import MEMORY_WIDTH
 from models.sam2.positions import kept, rotate, rotations, sine_map
 
 MEMORIES = 7  # what a moment may be: 1 to 6 frames away, or that of a prompt, whenever it was
+MLP_WIDTH = 2048  # channels between the two layers of an MLP
 Rotations = tuple[Tensor, Tensor]
 
 
@@ -66,8 +67,8 @@ class MemoryBlock(nn.Module):
         super().__init__()
         self.self_attn = Attention(WIDTH, WIDTH, 1, dropout=dropout)
         self.cross_attn_image = Attention(WIDTH, WIDTH, 1, key_dim=MEMORY_WIDTH, dropout=dropout)
-        self.linear1 = nn.Linear(WIDTH, 2048)
-        self.linear2 = nn.Linear(2048, WIDTH)
+        self.linear1 = nn.Linear(WIDTH, MLP_WIDTH)
+        self.linear2 = nn.Linear(MLP_WIDTH, WIDTH)
         self.norm1 = nn.LayerNorm(WIDTH)
         self.norm2 = nn.LayerNorm(WIDTH)
         self.norm3 = nn.LayerNorm(WIDTH)
