@@ -174,7 +174,9 @@ class BiRefNet(Model):
     def export_graphs(self) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, dict[int, str]]]]:
         """One graph: normalised `images` (B, 3, H, W) → `logits` (B, 1, H, W)."""
         axes = {0: "batch", 2: "height", 3: "width"}
-        return {"birefnet": (Logits(self), (torch.zeros(2, 3, 256, 256),), {"images": axes, "logits": axes})}
+        # So large that Swin's coarsest map of the half-sized copy has several windows: one is taken to be one always.
+        example = torch.zeros(2, 3, 1088, 1216)
+        return {"birefnet": (Logits(self), (example,), {"images": axes, "logits": axes})}
 
     def official_keys(self) -> KeyTable:
         encoder = [

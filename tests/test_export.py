@@ -141,18 +141,20 @@ def test_deformable_convolution_of_any_size(tmp_path: Path) -> None:
     """As GridSample, with offsets that lead out of the map; what BiRefNet's attention is made of."""
     torch.manual_seed(0)
     module = DeformableConv2d(4, 6, 3).eval()
-    nn.init.normal_(module.offset_conv.weight, std=0.5)
+    nn.init.normal_(module.offset_conv.weight, std=0.02)
+    nn.init.normal_(module.offset_conv.get_parameter("bias"), std=3)
     nn.init.normal_(module.modulator_conv.weight)
     axes = {0: "batch", 2: "height", 3: "width"}
     one = export.Graph(module, (torch.randn(2, 4, 8, 12),), {"maps": axes, "sums": axes})
     file = tmp_path / "deformable.onnx"
     export.write_graph(one, file, {}, ExportSettings())
     for shape in ((1, 4, 8, 12), (3, 4, 17, 5)):
-        inputs = [torch.randn(shape)]
-        export.check(one, file, inputs, "fp32")
+        assert export.check(one, file, [torch.randn(shape)], "fp32")
     import onnx
 
     assert "GridSample" in {node.op_type for node in onnx.load(file).graph.node}
+    export.halve(file, external=False)
+    assert export.check(one, file, [torch.randn(1, 4, 8, 300)], "fp16")  # whose positions half precision cannot tell
 
 
 @needs_onnx
@@ -185,6 +187,41 @@ def test_inputs_that_are_no_pictures_vary_around_their_example() -> None:
     assert (points - 100).abs().max() < 6
     assert labels.tolist() == [[1, 1, 1]] * 3
     assert export.fixed_size(graph) == [32, 32]
+
+
+class Choice(nn.Module):
+    """One of two answers, as a share of the input says: of a choice among equals little is left after a rounding."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x.mean() > 0, x + 1, x - 1)
+
+
+@pytest.mark.parametrize(("level", "tells"), [(0.0, False), (1.0, True)])
+def test_inputs_that_a_rounding_decides_tell_nothing(
+    monkeypatch: pytest.MonkeyPatch, level: float, tells: bool
+) -> None:
+    graph = export.Graph(Choice(), (torch.zeros(2, 3),), {"x": {}, "y": {}})
+    inputs = [torch.full((2, 3), level)]
+    inputs[0][0] += torch.tensor([1.0, -1.0, 0.0])
+    other = inputs[0].numpy() + (1 if level == 0 else -1)  # than PyTorch chooses
+    monkeypatch.setattr(export, "run_onnx", lambda file, inputs, outputs: ([other], 0.0))
+    if not tells:
+        assert not export.check(graph, Path("x.onnx"), inputs, "fp32")
+        return
+    with pytest.raises(UserError, match="computes something else"):
+        export.check(graph, Path("x.onnx"), inputs, "fp32")
+
+
+@needs_onnx
+def test_a_graph_that_cannot_be_compared_is_not_written(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "check", lambda *_: False)
+    monkeypatch.setattr(export, "write_graph", lambda graph, file, *_: file.touch())
+    monkeypatch.setattr(export, "opset_of", lambda file: 20)
+    with pytest.raises(UserError, match="cannot be compared: the model's own outputs jump"):
+        export.run(ExportSettings(str(toy), output=str(tmp_path / "x.onnx")))
+    assert not list(tmp_path.iterdir())
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ are the official ones.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -106,13 +107,15 @@ class Block(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """Attention within windows of a (B, H, W, C) map, padded with zeros that take part in it."""
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
-        padded_height, padded_width = x.shape[1:3]
+        # Counts of windows, not sides, so that what traces shapes has less to reason about; and no division of what is
+        # negative, which ONNX rounds to zero.
+        rows, columns = ((side + self.window - 1) // self.window for side in (height, width))
+        x = F.pad(x, (0, 0, 0, columns * self.window - width, 0, rows * self.window - height))
         mask = None
         if self.shift:
             x = torch.roll(x, (-self.shift, -self.shift), (1, 2))
-            mask = shift_mask(padded_height, padded_width, self.window, x.device)
-        x = from_windows(self.attn(to_windows(x, self.window), mask), self.window, padded_height, padded_width)
+            mask = shift_mask(rows, columns, self.window, x.device)
+        x = from_windows(self.attn(to_windows(x, rows, columns), mask), rows, columns)
         if self.shift:
             x = torch.roll(x, (self.shift, self.shift), (1, 2))
         return x[:, :height, :width]
@@ -133,32 +136,32 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """`x` (B·windows, N, C), `mask` (windows, N, N) or None → (B·windows, N, C)."""
-        count, tokens, dim = x.shape
-        windows = 1 if mask is None else mask.shape[0]
-        # Windows stand beside heads, so that one mask and one bias broadcast over the batch.
-        qkv = self.qkv(x).view(count // windows, windows, tokens, 3, self.heads, dim // self.heads)
+        """`x` (B, windows, N, C), `mask` (windows, N, N) or None → (B, windows, N, C)."""
+        batch, windows, tokens, dim = x.shape
+        # Windows stand beside heads, so that one mask broadcasts over the batch; without one, beside the batch.
+        outer, inner = (batch * windows, 1) if mask is None else (batch, windows)
+        qkv = self.qkv(x).view(outer, inner, tokens, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
         bias = bias.view(1, tokens, tokens, self.heads).permute(0, 3, 1, 2)
         if mask is not None:
             bias = (bias + mask[:, None]).flatten(0, 1)[None]
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-        x = x.unflatten(1, (windows, self.heads)).transpose(2, 3).reshape(count, tokens, dim)
+        x = x.unflatten(1, (inner, self.heads)).transpose(2, 3).reshape(batch, windows, tokens, dim)
         return self.proj(x)
 
 
-def to_windows(x: Tensor, window: int) -> Tensor:
-    """(B, H, W, C) → (B·windows, window², C), rows of windows first."""
-    batch, height, width, dim = x.shape
-    x = x.view(batch, height // window, window, width // window, window, dim)
-    return x.transpose(2, 3).reshape(-1, window * window, dim)
+def to_windows(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(B, rows·window, columns·window, C) → (B, rows·columns, window², C), rows of windows first."""
+    x = x.unflatten(2, (columns, -1)).unflatten(1, (rows, -1))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def from_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
+def from_windows(x: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse of `to_windows`."""
-    x = x.view(-1, height // window, width // window, window, window, x.shape[-1])
-    return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
+    window = math.isqrt(x.shape[2])
+    x = x.unflatten(2, (window, window)).unflatten(1, (rows, columns))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def relative_positions(window: int) -> Tensor:
@@ -170,27 +173,27 @@ def relative_positions(window: int) -> Tensor:
     return rows * (2 * window - 1) + columns
 
 
-def shift_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
+def shift_mask(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
     """(windows, N, N): −inf between tokens of a shifted window that are no neighbours in the map, else 0."""
     # Sizes are symbols and tensors are fake while a graph is traced: nothing may be kept from there.
     if torch.compiler.is_compiling():
-        return _build_shift_mask(height, width, window, device)
-    return _kept_shift_mask(height, width, window, device)
+        return _build_shift_mask(rows, columns, window, device)
+    return _kept_shift_mask(rows, columns, window, device)
 
 
 @functools.lru_cache(maxsize=16)
-def _kept_shift_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
+def _kept_shift_mask(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # what is kept here may next be used in training
-        return _build_shift_mask(height, width, window, device)
+        return _build_shift_mask(rows, columns, window, device)
 
 
-def _build_shift_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
+def _build_shift_mask(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
     def bands(size: int) -> Tensor:  # 0, 1, 2: whole windows, the last window before the wrap, what wrapped around
         position = torch.arange(size, device=device)
         return (position >= size - window).long() + (position >= size - window // 2).long()
 
-    regions = 3 * bands(height)[:, None] + bands(width)
-    regions = to_windows(regions[None, :, :, None], window).squeeze(-1)
+    regions = 3 * bands(rows * window)[:, None] + bands(columns * window)
+    regions = to_windows(regions[None, :, :, None], rows, columns)[0, :, :, 0]
     return torch.zeros((), device=device).where(regions[:, None] == regions[:, :, None], float("-inf"))
 
 
