@@ -186,6 +186,9 @@ class Graph:
 
 def export_onnx(model: Any, meta: Mapping[str, Any], target: Path, settings: ExportSettings) -> None:
     """Write and check every graph of a model: `target` itself, or `<target>_<graph>.onnx` where there are several."""
+    if hasattr(model, "graph_size"):
+        width, height = meta.get("size") or DEFAULT_SIZE
+        model.graph_size = (height, width)
     graphs = {name: Graph(*parts) for name, parts in model.export_graphs().items()}
     for name, graph in graphs.items():
         file = target if len(graphs) == 1 else target.with_name(f"{target.stem}_{name}.onnx")

@@ -20,6 +20,7 @@ from errors import UserError
 from models import create_model
 from models.base import Logits
 from models.deformable import DeformableConv2d
+from models.sam2.parts import Points
 from settings import ExportSettings
 from tests.helpers import ROOT, add_toy_family, python, run_script
 from tests.tiny import photo, save
@@ -31,6 +32,9 @@ needs_onnx = pytest.mark.skipif(
 SETTINGS: dict[str, dict[str, Any]] = {
     "toy": {"width": 32},
     "segformer": {"variant": "b0", "num_classes": 3},
+    "rfdetr": {"variant": "nano", "num_classes": 3, "groups": 1},
+    "classifier": {"backbone": "resnet18", "num_classes": 3},
+    "sam2": {"variant": "tiny"},
 }
 
 
@@ -69,18 +73,73 @@ def graph(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- graphs -----------------------------------------------------------------------------------------------------------
 
 
+def documented(*starts: str) -> list[str]:
+    """The blocks of code of docs/export.md, word for word: the first one, and those after lines that start so."""
+    page = (ROOT / "docs" / "export.md").read_text()
+    parts = [page, *(page[page.index(f"\n{start}") :] for start in starts)]
+    return [re.findall(r"```python\n(.*?)```", part, re.DOTALL)[0] for part in parts]
+
+
+def run_documented(graph: Path, picture: Path, *starts: str) -> dict[str, Any]:
+    """The names that these blocks leave."""
+    names: dict[str, Any] = {}
+    for code in documented(*starts):
+        code = code.replace("model.onnx", str(graph)).replace("photo.png", str(picture))
+        exec(code.replace('f"sam_', f'f"{graph.parent}/sam_'), names)
+    return names
+
+
+def export_random(folder: Path, family: str, size: list[int]) -> tuple[Any, Path]:
+    """A model with random weights and its graph, or of several the one that takes pictures."""
+    task = {"segformer": "semantic", "sam2": "video", "classifier": "classification", "rfdetr": "instance"}[family]
+    run = write_checkpoint(folder / "run", family, task, size=size)
+    files = export.run(ExportSettings(str(run), output=str(folder / "sam.onnx")))
+    return checkpoint.load_model(run)[0], next(file for file in files if file.stem in ("sam", "sam_image_encoder"))
+
+
 @needs_onnx
 def test_the_documented_lines_run_a_graph_as_the_model_itself(graph: Path, toy: Path, tmp_path: Path) -> None:
-    """The code is the one of docs/export.md, word for word."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
-    picture = save(tmp_path / "photo.png", photo(1, 80, 120))
-    code = code.replace("model.onnx", str(graph)).replace("photo.png", str(picture))
-    names: dict[str, Any] = {}
-    exec(code, names)
+    names = run_documented(graph, save(tmp_path / "photo.png", photo(1, 80, 120)), "`binary`")
     model, _ = checkpoint.load_model(toy)
     expected = model.predict(torch.from_numpy(names["images"]))["logits"].numpy()
     assert names["images"].shape == (1, 3, 64, 96)
     assert np.abs(names["outputs"][0] - expected).max() < 1e-4 * np.abs(expected).max()
+    assert names["mask"].shape == (80, 120)
+    assert 0 <= names["mask"].min() <= names["mask"].max() <= 1
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_the_documented_lines_of_other_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = save(tmp_path / "photo.png", photo(1, 80, 120))
+    _, graph = export_random(tmp_path / "b", "segformer", [96, 64])
+    assert set(np.unique(run_documented(graph, picture, "`semantic`")["labels"])) <= {0, 1, 2}
+    _, graph = export_random(tmp_path / "c", "classifier", [64, 64])
+    run_documented(graph, picture, "`classification`")
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] in ("ground", "disc", "bår")
+    _, graph = export_random(tmp_path / "a", "rfdetr", [312, 312])
+    names = run_documented(graph, picture, "`instance`")
+    assert names["scores"].shape == (100, 3)
+    assert all(mask.shape == (80, 120) for _, _, mask in names["objects"])
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_the_documented_lines_of_sam2_are_the_model(tmp_path: Path) -> None:
+    model, graph = export_random(tmp_path / "s", "sam2", [192, 128])
+    picture = save(tmp_path / "photo.png", photo(1, 200, 300))
+    names = run_documented(graph, picture, "## SAM 2")
+    images = torch.from_numpy(names["images"])
+    with torch.no_grad():
+        features = model.encode(images)
+        click = Points(torch.tensor([[[128.0, 96.0]]]), torch.tensor([[1]]))
+        expected = model.segment(model.without_memory(features), features, click, None, multimask=True)
+    logits = names["logits"][:, 1:]
+    assert np.abs(logits - expected.candidates.numpy()).max() < 1e-3 * np.abs(logits).max()
+    assert names["mask"].shape == (200, 300)
+    after = run_documented(graph, picture, "## SAM 2", "In a video")
+    assert after["logits"].shape == names["logits"].shape
+    assert not np.array_equal(after["logits"], names["logits"])
 
 
 @needs_onnx
