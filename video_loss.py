@@ -79,12 +79,11 @@ def mask_statistics(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tens
     logits = F.interpolate(logits, truth.shape[-2:], mode="bilinear")
     truth = truth.to(logits.dtype)
     shares = logits.sigmoid()
-    right = torch.where(truth > 0, shares, 1 - shares)
-    balance = torch.where(truth > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
-    cross_entropy = F.softplus(torch.where(truth > 0, -logits, logits))
-    focal = (balance * (1 - right) ** FOCAL_GAMMA * cross_entropy).mean((-2, -1))
+    balance = (1 - FOCAL_ALPHA) - (1 - 2 * FOCAL_ALPHA) * truth
+    cross_entropy = F.softplus(logits * (1 - 2 * truth))
+    focal = (balance * (shares - truth).abs() ** FOCAL_GAMMA * cross_entropy).mean((-2, -1))
     area = truth.sum((-2, -1))
     dice = 1 - (2 * (shares * truth).sum((-2, -1)) + 1) / (shares.sum((-2, -1)) + area + 1)
-    masks = logits > 0
+    masks = (logits.detach() > 0).to(logits.dtype)
     common = (masks * truth).sum((-2, -1))
     return focal, dice, common / (masks.sum((-2, -1)) + area - common).clamp(min=1)

@@ -18,8 +18,11 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, 1e-6)
-        return x.permute(0, 3, 1, 2)
+        return self.normalise(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The same of (..., C)."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-6)
 
 
 class Mlp(nn.Module):
@@ -54,5 +57,26 @@ class Attention(nn.Module):
         """The same of what is projected already."""
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        if dropout and query.device.type == "cpu":  # where torch has no fused attention with dropout
+            scale = query.shape[-1] ** -0.5
+            x = drop((query * scale @ key.mT).softmax(-1), dropout) @ value
+        else:
+            x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class Dropout(nn.Dropout):
+    """As `nn.Dropout`, with the values of `drop`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p) if self.training and self.p else x
+
+
+def drop(x: Tensor, rate: float) -> Tensor:
+    """Dropout. On the CPU, where torch takes longer to draw than a layer to compute, four values share one draw of 64
+    bits, so the rate is a multiple of 2⁻¹⁶."""
+    if x.device.type != "cpu":
+        return F.dropout(x, rate)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(rate * 2**16) - 2**15
+    return x * kept.to(x.dtype).mul_(1 / (1 - rate))

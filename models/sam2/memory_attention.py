@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.base import KeyTable
 from models.sam2.image_encoder import WIDTH
-from models.sam2.layers import Attention
+from models.sam2.layers import Attention, Dropout
 from models.sam2.memory_encoder import MEMORY_WIDTH
 from models.sam2.positions import kept, rotate, rotations, sine_map
 
@@ -72,7 +72,7 @@ class MemoryBlock(nn.Module):
         self.norm1 = nn.LayerNorm(WIDTH)
         self.norm2 = nn.LayerNorm(WIDTH)
         self.norm3 = nn.LayerNorm(WIDTH)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, table: Rotations, pointers: int) -> Tensor:
         """x (B, N, 256); keys and values (B, M, 64), the last `pointers` of which have no place in a map."""

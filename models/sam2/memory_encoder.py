@@ -35,7 +35,7 @@ class MemoryEncoder(nn.Module):
     def forward(self, features: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
         """`scores` (B, 1): where not above 0, the memory says that there is no object."""
         x = self.features_proj(features) + self.mask_downsampler(masks * 20 - 10)
-        x = self.out_proj(self.fuser(x))
+        x = self.out_proj(self.fuser(x.contiguous(memory_format=torch.channels_last)))
         return x + ((scores <= 0) * self.no_object)[..., None, None]
 
     def official_keys(self) -> KeyTable:

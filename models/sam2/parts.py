@@ -28,9 +28,16 @@ class Features:
     finer: Tensor
     finest: Tensor
 
+    def frames(self, count: int) -> list[Features]:
+        """Of clips of so many frames, one after the other: those of each frame of all clips."""
+        parts = (part.unflatten(0, (-1, count)).unbind(1) for part in (self.coarse, self.finer, self.finest))
+        return [Features(*frame) for frame in zip(*parts, strict=True)]
+
     def of(self, images: Tensor) -> Features:
         """Those of the image that each object is in, (B,) int64."""
-        return Features(*(part.index_select(0, images) for part in (self.coarse, self.finer, self.finest)))
+        # Copied with the channels last, as the encoder leaves them: so the mask decoder reads them again and again.
+        parts = (part.permute(0, 2, 3, 1) for part in (self.coarse, self.finer, self.finest))
+        return Features(*(part.index_select(0, images).permute(0, 3, 1, 2) for part in parts))
 
     def expand(self, objects: int) -> Features:
         """Those of the only image, for so many objects in it."""

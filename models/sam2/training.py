@@ -31,15 +31,16 @@ def segment_clips(
         logits of the object being there.
     """
     num_frames = images.shape[1]
-    features = model.encode(images.flatten(0, 1), maps)
+    features = model.encode(images.flatten(0, 1), maps).frames(num_frames)
     plan = user.plan(num_frames)
     lasting = {*plan.conditioning, *plan.corrected}
     past: dict[int, Left] = {}
     outputs: Outputs = {"frames": [], "candidates": [], "ious": [], "scores": []}
-    for t in plan.conditioning + [t for t in range(num_frames) if t not in plan.conditioning]:
-        own, masks = features.of(clips * num_frames + t), truth[:, t : t + 1]
+    order = plan.conditioning + [t for t in range(num_frames) if t not in plan.conditioning]
+    for t in order:
+        own, masks = features[t].of(clips), truth[:, t : t + 1]
         if t in plan.conditioning and not plan.points:
-            steps, result, large = [], model.adopt(own, masks), mask_logits(masks)
+            steps, result = [], model.adopt(own, masks)
         else:
             points = user.prompt(masks) if t in plan.conditioning else None
             conditioned = (
@@ -48,8 +49,9 @@ def segment_clips(
             clicks = user.clicks if t in plan.corrected else 0
             steps = segment_and_correct(model, conditioned, own, masks, points, user, clicks)
             result = steps[-1]
-            large = resize(result.masks, *own.image_size)
-        past[t] = Left(model.remember(own.coarse, large, result.scores), result.pointers)
+        if t != order[-1]:  # nobody remembers the last one
+            large = resize(result.masks, *own.image_size) if steps else mask_logits(masks)
+            past[t] = Left(model.remember(own.coarse, large, result.scores), result.pointers)
         outputs["frames"] += [t] * len(steps)
         outputs["candidates"] += [step.candidates for step in steps]
         outputs["ious"] += [step.ious for step in steps]
