@@ -99,6 +99,7 @@ class MaskDecoder(nn.Module):
         Transposed convolutions whose patches do not overlap are products, so the parts of a cell may stay together, in
         the order of `to_cells`, and only finished masks are brought into rows.
         """
+        norm: Any
         to_finer, norm, act, to_finest, last_act = self.upscaling
         x = act(norm.normalise(parts_of(x, to_finer) + to_cells(finer, 1)))
         return last_act(parts_of(x, to_finest) + to_cells(finest, 2))

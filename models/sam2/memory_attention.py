@@ -82,12 +82,19 @@ class MemoryBlock(nn.Module):
 
     def look_around(self, x: Tensor, table: Rotations) -> Tensor:
         attention = self.self_attn
-        query, key = rotate(attention.q_proj(x), table), rotate(attention.k_proj(x), table)
+        query, key = rotate(paired(attention.q_proj, x), table), rotate(paired(attention.k_proj, x), table)
         return attention.attend(query, key, attention.v_proj(x))
 
     def remember(self, x: Tensor, keys: Tensor, values: Tensor, table: Rotations, pointers: int) -> Tensor:
         attention = self.cross_attn_image
-        maps, tokens = attention.k_proj(keys).tensor_split([keys.shape[1] - pointers], 1)
+        maps, tokens = paired(attention.k_proj, keys).tensor_split([keys.shape[1] - pointers], 1)
         maps = rotate(maps.unflatten(1, (-1, x.shape[1])), table).flatten(1, 2)
-        query = rotate(attention.q_proj(x), table)
+        query = rotate(paired(attention.q_proj, x), table)
         return attention.attend(query, torch.cat((maps, tokens), 1), attention.v_proj(values))
+
+
+def paired(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer's channels in the order of `rotate`: the weights have pairs of neighbours, but whole halves turn faster,
+    and products of queries and keys are the same in any order."""
+    weight, bias = (part.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) for part in (layer.weight, layer.bias))
+    return F.linear(x, weight, bias)

@@ -84,7 +84,8 @@ def rotations(height: int, width: int, channels: int, device: torch.device) -> t
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """(..., N, C) with every pair of channels turned by its angle. Real numbers, as ONNX and the compiler need."""
+    """(..., N, C) with every pair of channels, c and C/2 + c, turned by its angle. Real numbers, as ONNX and the
+    compiler need."""
     cos, sin = table
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2).type_as(x)
+    first, second = x.float().chunk(2, -1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).type_as(x)
