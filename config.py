@@ -183,6 +183,7 @@ def convert(value: Any, hint: Any) -> Any:
         if isinstance(value, (dict, list)):
             raise ValueError
         text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        os.fsencode(text)  # half a surrogate pair is no text: a ValueError
         return _refuse() if "\0" in text else text  # no path may hold one
     raise TypeError(f"no conversion for {hint}")
 
@@ -247,6 +248,9 @@ class Value:
     folder: Path
 
 
+MOST_VALUES = 100_000  # of one file
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Plain YAML (no tag can build an object), but a key written twice is a mistake."""
 
@@ -276,9 +280,25 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path} is not valid YAML{f', line {mark.line + 1}' if mark else ''}: {problem}") from None
     if loaded is None:
         return {}
+    if count_values(loaded, MOST_VALUES) > MOST_VALUES:
+        raise UserError(f"{path} is not a configuration: anchors make more of it than {MOST_VALUES} values")
     if not isinstance(loaded, dict):
         raise UserError(f"{path} must hold a mapping of settings, not {type(loaded).__name__}")
     return loaded
+
+
+def count_values(value: Any, most: int) -> int:
+    """How many values nested lists and mappings hold, or `most` and more. What stands in several places counts each
+    time, as whoever walks through it meets it; what holds itself has no end."""
+    waiting, count = [value], 0
+    while waiting:
+        each = waiting.pop()
+        inner = each.values() if isinstance(each, dict) else each if isinstance(each, (list, tuple, set)) else ()
+        count += len(inner)
+        if count > most:
+            break
+        waiting += inner
+    return count
 
 
 def file_layer(path: Path, known: dict[str, Key]) -> dict[str, Value]:

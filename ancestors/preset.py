@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
@@ -127,11 +128,12 @@ class Source:
         return default if value is UNKNOWN else value
 
     def number(self, ending: str, default: float = 0.0) -> float:
-        """A number by the end of its name, the default for anything else."""
+        """A finite number by the end of its name, the default for anything else."""
         try:
-            return float(self.take(ending, default))
-        except (TypeError, ValueError):
+            number = float(self.take(ending, default))
+        except (TypeError, ValueError, OverflowError):
             return default
+        return number if math.isfinite(number) else default
 
     def listed(self, ending: str, kind: type | tuple[type, ...]) -> list[Any]:
         """The items of this kind in a list by the end of its name; none for anything else."""
@@ -177,7 +179,10 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def beside(path: str, source: Path) -> str:
     """An absolute path to a file that is named from the source's folder or one above it; empty where none is."""
-    for folder in source.resolve().parents:
-        if path and (found := folder / Path(path).expanduser()).is_file():
-            return str(found)
+    try:
+        for folder in source.resolve().parents:
+            if path and (found := folder / Path(path).expanduser()).is_file():
+                return str(found)
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, a home that nobody has, no text
+        return ""
     return ""

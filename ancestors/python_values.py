@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from config import count_values
 from errors import UserError
 
 MOST_BYTES = 1_000_000
-MOST_ITEMS = 10_000  # of a text or list that is put together
+MOST_ITEMS = 10_000  # of a text or list that is put together, with all that it holds
+MOST_WORK = 10_000_000  # items of all values that are put together on the way
 MOST_DIGITS = 1e18
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
@@ -55,9 +57,12 @@ def read_python(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or is no Python.
     """
     try:
-        content = path.read_bytes()
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file of settings, nor any file")
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
-            raise UserError(f"{path} is no file of settings: it has {len(content)} bytes")
+            raise UserError(f"{path} is no file of settings: it has more than {MOST_BYTES} bytes")
         tree = ast.parse(content)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -71,7 +76,10 @@ def read_python(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{path} cannot be read: it is nested too deeply") from None
     own = {name.removeprefix("self."): value for name, value in reading.names.items() if name.startswith("self.")}
-    return own or reading.names
+    values = own or reading.names
+    if count_values(values, 10 * MOST_ITEMS) > 10 * MOST_ITEMS:
+        raise UserError(f"{path} is no file of settings: it makes more than {10 * MOST_ITEMS} values of them")
+    return values
 
 
 class _Reading:
@@ -79,6 +87,7 @@ class _Reading:
 
     def __init__(self) -> None:
         self.names: dict[str, Any] = {}
+        self.work = 0
 
     # --- statements
 
@@ -161,8 +170,14 @@ class _Reading:
             value = handler(node)
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
             raise _Unknown from None
-        is_long = isinstance(value, (str, list, tuple)) and len(value) > MOST_ITEMS
-        if value is UNKNOWN or is_long or (isinstance(value, int) and abs(value) > MOST_DIGITS):
+        count = len(value) if isinstance(value, str) else count_values(value, MOST_ITEMS)
+        self.work += count  # lists of lists may hold the same ones again and again
+        if (
+            value is UNKNOWN
+            or count > MOST_ITEMS
+            or self.work > MOST_WORK
+            or (isinstance(value, int) and abs(value) > MOST_DIGITS)
+        ):
             raise _Unknown
         return value
 

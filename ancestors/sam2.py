@@ -140,7 +140,8 @@ def sam2_start(there: Source, preset: Preset, source: Path) -> None:
 def sam2_data(there: Source, preset: Preset) -> None:
     """`JPEGImages` and `Annotations` of one folder are a data set here."""
     images, masks = (there.take(f"video_dataset.{name}") for name in ("img_folder", "gt_folder"))
-    if images and masks and Path(images).name == "JPEGImages" and Path(masks) == Path(images).with_name("Annotations"):
+    named = isinstance(images, str) and isinstance(masks, str)
+    if named and Path(images).name == "JPEGImages" and Path(masks) == Path(images).with_name("Annotations"):
         preset.put("data.train", str(Path(images).parent), "the folder of img_folder and gt_folder")
     elif images:
         preset.leave("img_folder, gt_folder", [images, masks], "data.train needs JPEGImages and Annotations in one")

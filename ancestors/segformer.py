@@ -59,15 +59,17 @@ MMSEGMENTATION_KNOWN = (
 )  # fmt: skip
 
 
-def read_based(source: Path, values: Mapping[str, Any], seen: frozenset[Path] = frozenset()) -> dict[str, Any]:
+def read_based(source: Path, values: Mapping[str, Any], read: list[Path] | None = None) -> dict[str, Any]:
     """The values of a configuration over those of the files in its `_base_`, which are named from its folder."""
+    read = [] if read is None else read  # all files so far
     bases = values.get("_base_", [])
     result: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases if isinstance(bases, (list, tuple)) else []:
-        path = (source.parent / str(base)).resolve()
-        if path in seen or len(seen) > MOST_FILES:
-            raise UserError(f"{source} is based on itself by way of {path}")
-        result = merged(result, read_based(path, read_python(path), seen | {path}))
+        path = source.parent / str(base)
+        read.append(path)
+        if len(read) > MOST_FILES:
+            raise UserError(f"{source} is based on more than {MOST_FILES} files, or on itself")
+        result = merged(result, read_based(path, read_python(path), read))
     return merged(result, values)
 
 
@@ -115,7 +117,7 @@ def segformer_size(width: Any, depths: Any) -> str:
     """The size of an encoder, empty for one that is none of them."""
     try:
         return SEGFORMER_SIZES.get((int(width), tuple(depths)), "")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return ""
 
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import checkpoint
+from ancestors.preset import beside
 from ancestors.python_values import UNKNOWN, read_python
 from config import Config, get_value
 from config import load as load_config
@@ -373,6 +374,11 @@ class Config:
 # --- what a user can get wrong ----------------------------------------------------------------------------------------
 
 
+def doubled(line: str) -> str:
+    """Forty lines, each of which doubles what the one before had."""
+    return "\n".join(line.format(number, number + 1) for number in range(40))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
@@ -380,11 +386,18 @@ class Config:
         ("a.py", "x = 1", "sets up no BiRefNet and no SegFormer"),
         ("a.py", "x = " + "-" * 50_000 + "1", "can be read"),
         ("a.py", "x = '\0'", "no Python file"),
-        ("a.py", "_base_ = 'a.py'", "based on itself"),
+        ("a.py", "_base_ = 'a.py'", "or on itself"),
+        ("a.py", "_base_ = ['a.py', 'a.py']", "more than 30 files"),
+        ("a.py", "_base_ = '/dev/zero'", "nor any file"),
+        ("a.py", "_base_ = '\\0'", "can be read"),
+        ("a.py", "bb = 'x'\na = {'k': 1}\na['k'] = a", "makes more than 100000 values"),
         ("a.py", "_base_ = 'gone.py'\nmodel = dict(backbone=dict(type='mit_b0'))", "cannot read"),
         ("a.json", "[]", "no configuration of a SegFormer"),
         ("a.json", json.dumps({**HUGGING_FACE, "depths": [1, 1, 1, 1]}), "none of the sizes b0 to b5"),
         ("a.yaml", "trainer: {model: {image_encoder: {trunk: {embed_dim: 7}}}}", "trains no SAM 2"),
+        ("a.yaml", "trainer: {model: {image_encoder: {trunk: {embed_dim: .inf}}}}", "trains no SAM 2"),
+        ("a.yaml", "trainer: &t {x: *t}", "anchors make more of it"),
+        ("a.yaml", "a0: &a0 {k: 1}\n" + doubled("a{1}: &a{1} {{x: *a{0}, y: *a{0}}}"), "anchors make more of it"),
         ("a.yaml", "- 1", "must hold a mapping"),
         ("a.pth", "no weights", "cannot be read as plain weights"),
     ],
@@ -432,6 +445,19 @@ STRANGE = [
     "b'1'",
     "{1: {}}",
 ]
+
+
+def test_values_that_double_themselves_cost_nothing(tmp_path: Path) -> None:
+    """Lists hold one list again and again: written out, or compared, they would outlast everybody."""
+    twins = "a0 = b0 = [1]\n" + doubled("a{1} = [a{0}, a{0}]\nb{1} = [b{0}, b{0}]")
+    read_python(write(tmp_path, a__py=f"{twins}\nx = a40 == b40"))
+    for attack in (f"{twins}\nx = str(a13)", "x = str([[[0] * 9999] * 9999] * 9999)"):
+        assert read_python(write(tmp_path, a__py=attack))["x"] is UNKNOWN
+
+
+def test_paths_that_no_file_can_have_are_no_files(tmp_path: Path) -> None:
+    for path in ("~nobody_at_all/x", "x" * 5000, "a\0b", "\ud800"):
+        assert beside(path, tmp_path / "a.py") == ""
 
 
 def test_strange_values_are_left_out_or_refused(tmp_path: Path) -> None:
