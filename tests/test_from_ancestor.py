@@ -451,7 +451,7 @@ def test_values_that_double_themselves_cost_nothing(tmp_path: Path) -> None:
     """Lists hold one list again and again: written out, or compared, they would outlast everybody."""
     twins = "a0 = b0 = [1]\n" + doubled("a{1} = [a{0}, a{0}]\nb{1} = [b{0}, b{0}]")
     read_python(write(tmp_path, a__py=f"{twins}\nx = a40 == b40"))
-    for attack in (f"{twins}\nx = str(a13)", "x = str([[[0] * 9999] * 9999] * 9999)"):
+    for attack in (f"{twins}\nx = str(a12)", "x = str([[[0] * 9999] * 9999] * 9999)"):
         assert read_python(write(tmp_path, a__py=attack))["x"] is UNKNOWN
 
 
