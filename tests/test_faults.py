@@ -16,6 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from config import load
 from errors import STOPPED, TryAgain, UserError
 from readers import DataError, read_alpha, read_image
 from readers.images import read_labels
-from samples import Batch, BinaryTarget, InstanceTarget, SampleInfo, SemanticTarget
+from samples import Batch, BinaryTarget, InstanceTarget, SampleInfo, SemanticTarget, VideoTarget
 from tasks import TASKS
 from tests.helpers import (
     ROOT,
@@ -392,6 +393,8 @@ def batches() -> list[Batch]:
         Batch(images, InstanceTarget(counts, torch.arange(7), torch.rand(7, 4), torch.ones(count, 1, 8, 8, dtype=
               torch.int16), torch.zeros(7, dtype=torch.int64)), samples),
         Batch(images, ClassTarget(torch.arange(count), torch.ones(count), torch.rand(count)), samples),
+        Batch(images[:, None], VideoTarget(torch.rand(7, 1, 8, 8) > 0.5, torch.arange(count).repeat_interleave(
+              torch.tensor(counts))), [replace(sample, frames=[3]) for sample in samples]),
     ]  # fmt: skip
 
 
@@ -407,7 +410,10 @@ def test_batches_of_every_task_are_kept_whole_and_taken_apart(kind: int, tmp_pat
         assert [len(part.samples) for part in parts] == [len(part.images) for part in parts] == sizes
         assert {type(batch.targets) for batch in batches()} == {bad_steps.targets_of(task) for task in TASKS}
         for name, value in vars(batch.targets).items():
-            if isinstance(value, torch.Tensor):
+            if name == "clips":
+                found = torch.cat([torch.bincount(part.targets.clips, minlength=len(part.samples)) for part in parts])
+                assert found.tolist() == [2, 0, 1, 3, 1]
+            elif isinstance(value, torch.Tensor):
                 assert torch.equal(torch.cat([getattr(part.targets, name) for part in parts]), value), name
             elif name == "counts":
                 assert [count for part in parts for count in part.targets.counts] == value
