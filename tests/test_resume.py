@@ -15,6 +15,7 @@ import pytest
 
 import checkpoint
 from tests.helpers import (
+    CLASSIFIER,
     RFDETR,
     ROOT,
     SAM2,
@@ -24,6 +25,7 @@ from tests.helpers import (
     Zygote,
     add_toy_family,
     assert_same_run,
+    draw_class_set,
     draw_clip_set,
     draw_label_set,
     draw_object_set,
@@ -61,7 +63,23 @@ CLIPS = [
     "--batch_size", "1", "--train.ema_decay", "0.9", "--model.drop_path", "0.3", "--data.clip.stride", "[1, 2]",
     "--logging.log_frequency", "1", "--checkpoint.save_last", "2",
 ]  # fmt: skip
-EPOCHS = {1: 3, 2: 5, 3: 5}  # of 12 samples, two for each step and rank
+CLASSES = [
+    "--batch_size", "2", "--train.ema_decay", "0.9", "--model.drop_path", "0.1",
+    "--model.dropout", "0.2", "--data.mix", "{cutmix: 0.4, mixup: 0.3}", "--logging.log_frequency", "1",
+    "--checkpoint.save_last", "2",
+]  # fmt: skip
+FAMILIES = {  # where its data are, its model and recipe
+    "toy": ("", TOY, RECIPE),
+    "birefnet": ("", [*TINY, "--model.squeeze_block", "ASPP_x1"], RECIPE),
+    "segformer": ("labels", SEGFORMER, SEMANTIC),
+    "rfdetr": ("objects", RFDETR, INSTANCE),
+    "sam2": ("clips", SAM2, CLIPS),
+    "classifier": ("classes", CLASSIFIER, CLASSES),
+}
+EPOCHS = {  # by the number of ranks: 12 samples, and 6 clips, are few for them
+    "toy": {1: 3, 2: 5, 3: 5}, "birefnet": {3: 3}, "segformer": {3: 4}, "rfdetr": {3: 4}, "sam2": {2: 2, 3: 4},
+    "classifier": {3: 4},
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,6 +98,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_object_set(folder / "objects" / "val", 5, seed=1)
     draw_clip_set(folder / "clips" / "train", 6)
     draw_clip_set(folder / "clips" / "val", 1, frames=2, seed=1)
+    draw_class_set(folder / "classes" / "train", 4)
+    draw_class_set(folder / "classes" / "val", 2, seed=1)
     return folder
 
 
@@ -105,16 +125,8 @@ def test_a_run_killed_at_random_moments_ends_bitwise_like_the_unbroken_one(
     family: str, world: int, kills: int, data: Path, zygote: Zygote, tmp_path: Path
 ) -> None:
     chance = random.Random(20 + world)
-    recipe = [*RECIPE, "--epochs", str(EPOCHS[world] if family == "toy" else 3)]
-    models = {"birefnet": [*TINY, "--model.squeeze_block", "ASPP_x1"], "segformer": SEGFORMER, "rfdetr": RFDETR}
-    models["sam2"] = SAM2
-    model = models.get(family, TOY)
-    if family == "segformer":
-        data, recipe = data / "labels", [*SEMANTIC, "--epochs", "4"]
-    if family == "rfdetr":
-        data, recipe = data / "objects", [*INSTANCE, "--epochs", "4"]
-    if family == "sam2":
-        data, recipe = data / "clips", [*CLIPS, "--epochs", "2"]
+    folder, model, recipe = FAMILIES[family]
+    data, recipe = data / folder, [*recipe, "--epochs", str(EPOCHS[family][world])]
     zygote.run(flags_for(data, tmp_path / "unbroken", "run", *recipe, model=model), world)
     unbroken, broken = tmp_path / "unbroken" / "run", tmp_path / "broken" / "run"
     killed_at = sorted(chance.sample(range(4, record_count(unbroken) - 2), kills))

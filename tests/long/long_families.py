@@ -12,7 +12,9 @@ from tests.helpers import Zygote
 data, toy, zygote = test_resume.data, test_resume.toy, test_resume.zygote  # fixtures
 
 
-@pytest.mark.parametrize(("family", "kills"), [("toy", 5), ("birefnet", 3), ("segformer", 3)])
+@pytest.mark.parametrize(
+    ("family", "kills"), [("toy", 5), ("birefnet", 3), ("segformer", 3), ("rfdetr", 3), ("sam2", 3), ("classifier", 3)]
+)
 def test_rows_1_4_and_9_three_ranks(family: str, kills: int, data: Path, zygote: Zygote, tmp_path: Path) -> None:
     test_resume.test_a_run_killed_at_random_moments_ends_bitwise_like_the_unbroken_one(
         family, 3, kills, data, zygote, tmp_path
