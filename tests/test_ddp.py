@@ -14,6 +14,7 @@ import torch
 import checkpoint
 from loss import BinaryCriterion
 from models.base import Model
+from models.sam2.model import PARTS
 from samples import Batch, BinaryTarget, SampleInfo
 from tests.helpers import (
     RFDETR,
@@ -43,6 +44,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     draw_set(folder / "train", 12)
     draw_set(folder / "val", 5, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    draw_clip_set(folder / "train", 4)
+    draw_clip_set(folder / "val", 1, frames=2, seed=1)
     return folder
 
 
@@ -192,6 +201,53 @@ def test_a_nan_on_one_rank_is_skipped_by_all(data: Path, zygote: Zygote, tmp_pat
     assert [file.name for file in (tmp_path / "run").glob("bad_step_*")] == ["bad_step_3_rank_1.pth"]
     for part in ("model", "ema"):
         assert all(torch.isfinite(value).all() for value in content[part].values() if value.is_floating_point())
+
+
+# In each step the user of one rank gives points and corrects them, that of the other the true masks.
+OTHER_PROMPTS = """
+import hashlib, os, train, utils
+from models.sam2.model import PARTS, Sam2
+from models.sam2.prompts import Plan, RandomUser
+models, steps = [], [int(os.environ["RANK"])]
+def plan(self, num_frames):
+    steps[0] += 1
+    return Plan(True, [0, 1], [0, 1]) if steps[0] % 2 else Plan(False, [0], [])
+def tell(moment):
+    for part in PARTS:
+        bits = b"".join(value.numpy().tobytes() for value in models[0].get_submodule(part).state_dict().values())
+        print("WEIGHTS", moment, part, hashlib.sha256(bits).hexdigest(), flush=True)
+RandomUser.plan = plan
+forward, restore = Sam2.forward, utils.StopSignal.restore
+def first(self, batch):
+    if self.training and not models:
+        models.append(self)
+        tell("before")
+    return forward(self, batch)
+def left(signal):
+    tell("after")
+    restore(signal)
+Sam2.forward, utils.StopSignal.restore = first, left
+"""
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_sam2_trains_alone_with_other_prompts_on_each_rank(
+    part: str, clips: Path, zygote: Zygote, tmp_path: Path
+) -> None:
+    flags = ["--max_steps", "2", "--batch_size", "1", "--eval_each_epoch", "0", "--model.trainable", f"[{part}]",
+             "--scheduler.warmup_steps", "0", "--logging.log_frequency", "1"]  # fmt: skip
+    job = zygote.run(flags_for(clips, tmp_path, "run", *flags, model=SAM2), 2, before=OTHER_PROMPTS)
+    assert [row["step"] for row in records(tmp_path / "run")] == [1, 2]
+    assert "skipped" not in job.text()
+    weights: dict[tuple[str, str], list[str]] = {}
+    for line in job.text().splitlines():
+        if line.startswith("WEIGHTS"):
+            _, moment, name, digest = line.split()
+            weights.setdefault((moment, name), []).append(digest)
+    for name in PARTS:
+        (before, again), (after, there) = weights["before", name], weights["after", name]
+        assert (before, after) == (again, there), f"the ranks' {name} differ"
+        assert (after != before) == (name == part), name
 
 
 def test_a_rank_that_raises_ends_the_job(data: Path, zygote: Zygote, tmp_path: Path) -> None:
