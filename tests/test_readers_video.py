@@ -444,7 +444,7 @@ def fuzz(folder: str, first: int, last: int) -> None:
                 if not broken & set(reader.files(index)):
                     found = reader.read(index).masks
                     assert list(found.object_ids) == sorted(set(found.object_ids))
-                    for number in np.flatnonzero(found.annotated):
+                    for number in map(int, np.flatnonzero(found.annotated)):
                         masks = found.masks(number, range(len(found.object_ids)))
                         assert np.flatnonzero(masks.any((1, 2))).tolist() == found.visible(number)
     print(faulty)
