@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 def stages(trunk: Any, images: Tensor) -> list[Tensor]:
     """(B, 3, H, W) → maps (B, h, w, C) at the ends of the stages, at strides 4, 8, 16 and 32."""
-    x = trunk._pos_embed(trunk.patch_embed(images))
+    x = trunk._pos_embed(trunk.patch_embed(images)).contiguous()  # channels last, as all that follows
     maps = []
     for i, block in enumerate(trunk.blocks):
         x = checkpoint(run, block, x, use_reentrant=False) if trunk.grad_checkpointing else run(block, x)
@@ -40,47 +40,61 @@ def pooled(x: Tensor, pool: Any) -> Tensor:
 
 
 def attend(attention: Any, x: Tensor, window: int) -> Tensor:
-    """Attention in (B, H, W, C) within windows of window² cells, or where that is 0 in the whole map."""
-    dim, heads = attention.dim_out, attention.num_heads
-    query, memory = attention.qkv(x).split((dim, 2 * dim), -1)  # keys and values stay together
-    query = pooled(query, attention.q_pool)
-    stride = x.shape[1] // query.shape[1]
-    padding = attention.qkv.bias[dim:].type_as(memory)
-    rows = []
-    for queries, memories in zip(parts(query, window // stride, 1), parts(memory, window, 1), strict=True):
-        row = []
-        for own, seen in zip(parts(queries, window // stride, 2), parts(memories, window, 2), strict=True):
-            row.append(attend_windows(own, seen, padding, heads, window, stride))
-        rows.append(row[0] if len(row) == 1 else torch.cat(row, 2))
-    return attention.proj(rows[0] if len(rows) == 1 else torch.cat(rows, 1))
+    """Attention in (B, H, W, C) within windows of window² cells, or where that is 0 in the whole map.
+
+    Cells are brought into the order of windows before they are projected, when they are a third of what they become.
+    """
+    bands = [cut(band, window, 2) for band in cut(x, window, 1)]
+    parts = [part for band in bands for part in band]
+    cells = [to_windows(part, *sides_in(part, window)) for part in parts]
+    projected = attention.qkv(joined(cells, 0)).split([len(own) for own in cells])
+    seen = [look(attention, own, window, *sides_in(part, window)) for own, part in zip(projected, parts, strict=True)]
+    seen = list(attention.proj(joined(seen, 0)).split([len(own) for own in seen]))
+    stride = 1 if attention.q_pool is None else attention.q_pool.stride[0]
+    maps = (from_windows(own, part, window, stride) for own, part in zip(seen, parts, strict=True))
+    return joined([joined([next(maps) for _ in band], 2) for band in bands], 1)
 
 
-def parts(x: Tensor, window: int, dim: int) -> tuple[Tensor, ...]:
+def sides_in(part: Tensor, window: int) -> tuple[int, int]:
+    """Height and width of the windows in a part of a map, which may be less than a whole one's."""
+    height, width = part.shape[1:3]
+    return min(window or height, height), min(window or width, width)
+
+
+def cut(x: Tensor, window: int, dim: int) -> tuple[Tensor, ...]:
     """A map's whole windows along a side, and the rest of it; where the window is 0, all of it."""
     rest = x.shape[dim] % window if window else 0
     whole = x.shape[dim] - rest
     return x.split((whole, rest), dim) if whole and rest else (x,)
 
 
-def attend_windows(query: Tensor, memory: Tensor, padding: Tensor, heads: int, window: int, stride: int) -> Tensor:
-    """Attention of (B, h, w, C) in windows, of which the part of a map may hold less than the whole, to the keys and
-    values (B, H, W, 2C) in them."""
-    height, width = (min(window or side, side) for side in memory.shape[1:3])
-    seen = to_windows(memory, height, width)
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def look(attention: Any, projected: Tensor, window: int, height: int, width: int) -> Tensor:
+    """Attention among the height·width cells of each window, and the padding that makes it whole. Queries, keys and
+    values (cells, 3C) → (cells, C), or a quarter of them."""
+    heads = attention.num_heads
+    query, key, value = projected.unflatten(0, (-1, height * width)).unflatten(-1, (3, heads, -1)).unbind(2)
     if missing := window and window * window - height * width:
-        seen = torch.cat((seen, padding.expand(len(seen), missing, -1)), 1)
-    key, value = seen.unflatten(-1, (2, heads, -1)).transpose(1, 3).unbind(2)
-    own = to_windows(query, height // stride, width // stride).unflatten(-1, (heads, -1)).transpose(1, 2)
-    own = F.scaled_dot_product_attention(own, key, value).transpose(1, 2).flatten(2)
-    return from_windows(own, height // stride, width // stride, query.shape)
+        padding = attention.qkv.bias.type_as(key).view(3, 1, 1, heads, -1).expand(-1, len(key), missing, -1, -1)
+        key, value = torch.cat((key, padding[1]), 1), torch.cat((value, padding[2]), 1)
+    if attention.q_pool is not None:
+        query = pooled(query.flatten(2).unflatten(1, (height, width)), attention.q_pool)
+        query = query.flatten(1, 2).unflatten(2, (heads, -1))
+    seen = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return seen.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def to_windows(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, H, W, C) → (B·windows, height·width, C)."""
-    return x.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+def to_windows(part: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, W, C) → (cells, C), window by window."""
+    return part.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3).flatten(0, 4)
 
 
-def from_windows(x: Tensor, height: int, width: int, shape: torch.Size) -> Tensor:
-    """The reverse: (B·windows, height·width, C) → (B, H, W, C), the shape."""
-    x = x.view(shape[0], shape[1] // height, shape[2] // width, height, width, -1)
-    return x.transpose(2, 3).reshape(shape)
+def from_windows(cells: Tensor, part: Tensor, window: int, stride: int) -> Tensor:
+    """The reverse: (cells, C') → (B, H / stride, W / stride, C') of the part (B, H, W, C) of the map."""
+    height, width = sides_in(part, window)
+    down, across = part.shape[1] // height, part.shape[2] // width
+    x = cells.view(len(part), down, across, height // stride, width // stride, -1)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.base import KeyTable
 from models.sam2.hiera import stages
+from models.sam2.layers import Pointwise, pointwise
 
 WIDTH = 256  # channels of all features
 
@@ -41,7 +42,7 @@ class ImageEncoder(nn.Module):
         net: Any = timm.create_model(TRUNKS[variant].name, features_only=True, drop_path_rate=0.1)
         self.trunk = net.model
         channels = [info["num_chs"] for info in self.trunk.feature_info]
-        self.neck = nn.ModuleList(nn.Conv2d(count, WIDTH, 1) for count in reversed(channels))
+        self.neck = nn.ModuleList(Pointwise(count, WIDTH) for count in reversed(channels))
 
     def forward(
         self, images: Tensor, finest_proj: nn.Conv2d, finer_proj: nn.Conv2d, maps: list[Tensor] | None = None
@@ -70,4 +71,4 @@ class ImageEncoder(nn.Module):
 def in_one(first: Any, second: Any, x: Tensor) -> Tensor:
     """Two 1×1 convolutions after each other, with nothing between, are one: a twelfth of the products."""
     inner, outer = first.weight[..., 0, 0], second.weight[..., 0, 0]
-    return F.conv2d(x, (outer @ inner)[..., None, None], outer @ first.bias + second.bias)
+    return pointwise(x, (outer @ inner)[..., None, None], outer @ first.bias + second.bias)

@@ -25,6 +25,21 @@ class LayerNorm2d(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-6)
 
 
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1×1 convolution as the product that it is, with the channels last in memory."""
+    return F.linear(x.permute(0, 2, 3, 1), weight[..., 0, 0], bias).permute(0, 3, 1, 2)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1×1 convolution, by `pointwise`."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pointwise(x, self.weight, self.bias)
+
+
 class Mlp(nn.Module):
     """Linear layers with ReLU between them."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.base import KeyTable
 from models.sam2.image_encoder import WIDTH
-from models.sam2.layers import Attention, LayerNorm2d, Mlp
+from models.sam2.layers import Attention, LayerNorm2d, Mlp, Pointwise
 
 MASKS = 4  # the single mask, then three for when a prompt may mean several things
 MLP_WIDTH = 2048  # channels between the two layers of an MLP
@@ -35,8 +35,8 @@ class MaskDecoder(nn.Module):
                 nn.GELU(),
             ]
         )
-        self.finest_proj = nn.Conv2d(WIDTH, WIDTH // 8, 1)  # these two run once with the image, not for each prompt
-        self.finer_proj = nn.Conv2d(WIDTH, WIDTH // 4, 1)
+        self.finest_proj = Pointwise(WIDTH, WIDTH // 8)  # these two run once with the image, not for each prompt
+        self.finer_proj = Pointwise(WIDTH, WIDTH // 4)
         self.hypernetworks = nn.ModuleList(Mlp(WIDTH, WIDTH, WIDTH // 8, 3) for _ in range(MASKS))
         self.iou_head = Mlp(WIDTH, WIDTH, MASKS, 3)
         self.object_head = Mlp(WIDTH, WIDTH, 1, 3)

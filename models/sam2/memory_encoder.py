@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.base import KeyTable
 from models.sam2.image_encoder import WIDTH
-from models.sam2.layers import LayerNorm2d, Mlp
+from models.sam2.layers import LayerNorm2d, Mlp, Pointwise
 from models.sam2.positions import sine_steps
 
 MEMORY_WIDTH = 64  # channels of a memory
@@ -27,15 +27,15 @@ class MemoryEncoder(nn.Module):
         downsampler: list[nn.Module] = []
         for before, after in pairwise(widths):
             downsampler += [nn.Conv2d(before, after, 3, stride=2, padding=1), LayerNorm2d(after), nn.GELU()]
-        self.mask_downsampler = nn.Sequential(*downsampler, nn.Conv2d(widths[-1], WIDTH, 1))
-        self.features_proj = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.mask_downsampler = nn.Sequential(*downsampler, Pointwise(widths[-1], WIDTH))
+        self.features_proj = Pointwise(WIDTH, WIDTH)
         self.fuser = nn.Sequential(ConvNextBlock(WIDTH), ConvNextBlock(WIDTH))
-        self.out_proj = nn.Conv2d(WIDTH, MEMORY_WIDTH, 1)
+        self.out_proj = Pointwise(WIDTH, MEMORY_WIDTH)
 
     def forward(self, features: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
         """`scores` (B, 1): where not above 0, the memory says that there is no object."""
         x = self.features_proj(features) + self.mask_downsampler(masks * 20 - 10)
-        x = self.out_proj(self.fuser(x.contiguous(memory_format=torch.channels_last)))
+        x = self.out_proj(self.fuser(x))
         return x + ((scores <= 0) * self.no_object)[..., None, None]
 
     def official_keys(self) -> KeyTable:

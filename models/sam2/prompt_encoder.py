@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.base import KeyTable
 from models.sam2.image_encoder import WIDTH
-from models.sam2.layers import LayerNorm2d
+from models.sam2.layers import LayerNorm2d, Pointwise
 from models.sam2.positions import RandomFrequencies
 
 # Labels of points. A box is two points.
@@ -31,7 +31,7 @@ class PromptEncoder(nn.Module):
             nn.Conv2d(4, 16, 2, stride=2),
             LayerNorm2d(16),
             nn.GELU(),
-            nn.Conv2d(16, WIDTH, 1),
+            Pointwise(16, WIDTH),
         )
         self.no_mask = nn.Embedding(1, WIDTH)
 
