@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -322,17 +323,19 @@ def assert_same_run(unbroken: Path, resumed: Path) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """A TCP port that nobody listens on, none of those (Linux: from 32768) that the system gives to all who ask."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
 
 
 class Job:
     """The ranks of one run, forked from the zygote."""
 
-    def __init__(self, zygote: Zygote, pids: list[int], log: Path) -> None:
-        self.zygote, self.pids, self.log = zygote, pids, log
+    def __init__(self, zygote: Zygote, pids: list[int], logs: list[Path]) -> None:
+        self.zygote, self.pids, self.logs = zygote, pids, logs
 
     def wait(self, timeout: float = 120) -> list[int]:
         """The exit codes of all ranks; -9 is a kill. Ranks that outlive the time are killed, and the test fails."""
@@ -356,7 +359,8 @@ class Job:
         return None in self.zygote.ask({"poll": self.pids})["codes"]
 
     def text(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")
+        """What the ranks have printed, one after the other."""
+        return "".join(log.read_text(encoding="utf-8", errors="replace") for log in self.logs if log.exists())
 
 
 class Zygote:
@@ -381,16 +385,17 @@ class Zygote:
     ) -> Job:
         """Start `script.py arguments` on `world` ranks; `before` is Python that each rank runs first."""
         self.count += 1
-        log = self.scratch / f"job_{self.count}.txt"
+        # Each writes a file of its own: not every system adds whole lines to one that several processes share.
+        logs = [self.scratch / f"job_{self.count}_{rank}.txt" for rank in range(world)]
         port = str(free_port())
         pids = []
         for rank in range(world):
             launched = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-            request = {"run": script, "arguments": arguments, "log": str(log), "before": before,
+            request = {"run": script, "arguments": arguments, "log": str(logs[rank]), "before": before,
                        "environment": {**(launched if world > 1 else {}), **environment}}  # fmt: skip
             pids.append(self.ask(request)["pid"])
-        return Job(self, pids, log)
+        return Job(self, pids, logs)
 
     def run(self, arguments: list[str], world: int = 1, **how: Any) -> Job:
         """Run to the end, which must be a good one."""

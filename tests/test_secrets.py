@@ -110,7 +110,7 @@ def test_a_key_is_in_no_file_of_a_run(where: str, zygote: Zygote, data: Path, tm
     home.mkdir()
     command = flags_for(data, runs, "bright", "--epochs", "1", "--log_frequency", "1", *OFFLINE, *flags)
     job = zygote.run(command, HOME=str(home), **environment)
-    assert leaks(job.log.read_bytes(), "output") == []
+    assert leaks(job.text().encode(), "output") == []
     names = {path.name for path in (runs / "bright").iterdir()}
     assert {"config.yml", "run.json", "train.log", "events.jsonl", "last.pth", "best.pth"} <= names
     assert {"tensorboard", "comet", "wandb"} <= names
@@ -145,7 +145,7 @@ def test_a_key_is_in_nothing_that_a_command_prints_or_writes(
     command = [str(made) if word == "made.yml" else word for word in command]
     job = zygote.run([*flags_for(data, tmp_path / "runs", "bright"), *flags, *command], **environment)
     assert job.text()
-    assert leaks(job.log.read_bytes(), "output") == []
+    assert leaks(job.text().encode(), "output") == []
     assert leaks_in(made.parent) == []
     assert made.exists() == ("--create_config" in command)
 
@@ -169,7 +169,7 @@ def test_a_key_is_in_no_message_about_the_command_line(
     more = [*flags, "--debug"] if debug else flags
     job = zygote.start(flags_for(data, tmp_path / "runs", "bright", *more))
     assert job.wait() == [1 if debug else 2]
-    assert leaks(job.log.read_bytes(), "output") == []
+    assert leaks(job.text().encode(), "output") == []
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_key_is_in_no_message_about_a_file(content: str, zygote: Zygote, data:
     job = zygote.start(flags_for(data, tmp_path / "runs", "bright"), MASKWRIGHT_CONFIG_VARS=str(tmp_path / "vars.yml"))
     assert job.wait() == [2]
     assert str(tmp_path / "vars.yml") in job.text()
-    assert leaks(job.log.read_bytes(), "output") == []
+    assert leaks(job.text().encode(), "output") == []
 
 
 def test_a_key_is_in_no_title_of_a_process_that_the_run_starts(data: Path, tmp_path: Path) -> None:
