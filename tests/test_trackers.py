@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -327,8 +327,12 @@ class Silent:
             self.close()
 
 
-def online(run_dir: Path, name: str) -> str:
-    """What a log says of a run with one online tracker and a patience of three seconds."""
+SOON = 40  # seconds, for machines that are busy; who waits for a dead network waits for minutes
+
+
+def online(run_dir: Path, name: str, until: Callable[[str], bool] = lambda said: True) -> str:
+    """What a log says of a run with one online tracker and a patience of three seconds, which ends when `until`, of
+    what it said so far, holds."""
     log = Log([])
     log.open(run_dir / "train.log")
     began = time.monotonic()
@@ -336,11 +340,13 @@ def online(run_dir: Path, name: str) -> str:
     tracker.on_run_start(RunInfo("bright", run_dir, {}, False, 0, 0, None, RUN_ID))
     tell(tracker, range(1, 3001))  # more than it keeps
     told = time.monotonic() - began
+    assert wait_for(lambda: until((run_dir / "train.log").read_text()), SOON)
+    waited = time.monotonic() - began
     tracker.on_run_end("finished")
     ended = time.monotonic() - began
-    assert told < 5
-    assert ended < told + 5
-    assert wait_for(lambda: not living(tracker.trackers[0].process.pid), timeout=5)
+    assert told < SOON
+    assert ended - waited < SOON
+    assert wait_for(lambda: not living(tracker.trackers[0].process.pid), SOON)
     assert not tracker.trackers[0].thread.is_alive()
     return (run_dir / "train.log").read_text()
 
@@ -374,8 +380,7 @@ def test_a_dead_network_costs_the_patience_at_the_end_and_nothing_else(
         environment.setenv("WANDB_API_KEY", "k" * 40)
         environment.setenv("COMET_URL_OVERRIDE", f"{server.address}/clientlib/")
         environment.setenv("WANDB_BASE_URL", server.address)
-        said = online(tmp_path, name)
-        assert network == "closed" or server.kept  # it did try
+        said = online(tmp_path, name, lambda _: network == "closed" or bool(server.kept))  # it did try
     assert "did not finish in time and was left" in said
 
 
@@ -383,7 +388,8 @@ def test_a_dead_network_costs_the_patience_at_the_end_and_nothing_else(
 @pytest.mark.usefixtures("environment")
 def test_a_missing_key_is_said_and_not_asked_for(name: str, variable: str, tmp_path: Path) -> None:
     pytest.importorskip(name.replace("comet", "comet_ml"))
-    assert f"is lost: it has no key: put one into {variable} or config_vars.yml" in online(tmp_path, name)
+    sentence = f"is lost: it has no key: put one into {variable} or config_vars.yml"
+    assert sentence in online(tmp_path, name, lambda said: sentence in said)
 
 
 def test_a_tracker_that_dies_is_named_once_and_the_rest_goes_on(
@@ -409,7 +415,7 @@ def test_a_slow_tracker_misses_the_oldest_records_and_keeps_the_newest_pictures(
     os.kill(slow.process.pid, signal.SIGSTOP)
     began = time.monotonic()
     tell(tracker, range(1, 6001))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < SOON
     os.kill(slow.process.pid, signal.SIGCONT)
     tracker.on_run_end("finished")
     assert "tracker TensorBoard was too slow: it missed" in capsys.readouterr().out
