@@ -11,7 +11,7 @@ A file of prompts is a list, for every input, or a list for each of several inpu
 
 Each entry is what one object is shown by in one frame: points (labelled 1 on it, which is the default, and 0 beside
 it), a box (left, top, right, bottom), both, or a mask alone. Frames are counted from 0 and objects from 1, which are
-the defaults. Pixels are those of the picture. A mask is a picture of the frame's size, its path relative to the file:
+the defaults. Pixels are those of the picture. A mask is a picture of the frame's size, in the file's folder or below:
 of an `object` everything in it but black; without `object` each value is an object of that number, as in the
 annotations of DAVIS, of which 255 is none.
 """
@@ -174,7 +174,7 @@ def _parse_all(entries: Mapping[str, Any], where: str, folder: Path, problems: l
     prompts = []
     for name, entry in entries.items():
         place = f"{where}, {name}" if where else name
-        wrong = list(_problems(entry))
+        wrong = list(_problems(entry)) or list(_way_out(entry, folder))
         if not wrong:
             prompts.append(_parse(entry, place, folder))
         problems += [f"{place}: {problem}" for problem in wrong]
@@ -230,6 +230,17 @@ def _problems(entry: Any) -> Iterator[str]:
     name = entry.get("class", "x")
     if not (isinstance(name, str) and name.strip() and name.isprintable()):
         yield f"has the class {_shown(name)}; a class is a name"
+
+
+def _way_out(entry: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """Whether a mask, or a link that it is, lies elsewhere: such a file may come from anybody."""
+    mask = entry.get("mask", "")
+    try:
+        is_inside = (folder / mask).resolve().is_relative_to(folder.resolve())
+    except ValueError:  # half a surrogate pair is no text
+        is_inside = False
+    if not is_inside:
+        yield f"has the mask {_shown(mask)}, which leads out of the folder of the prompts; copy it there"
 
 
 def _are_numbers(values: Any, count: int) -> bool:

@@ -23,6 +23,7 @@ from readers.masklets import Clip, ClipSet, CodeMasklets, FilmFrames, FrameFiles
 from samples import Size
 
 ENDINGS = ("_manual.json", "_auto.json")  # of SA-V's files: what people drew, and what a model did
+MOST_ID = 2**63  # below which arrays can hold the numbers of objects
 STEP = 4  # SA-V: of 24 frames a second every fourth has masks
 
 
@@ -167,7 +168,7 @@ class _MaskletScan:
         most = max((place + 1 for places in self.shown for place in places), default=0)
         if not self.ids:
             self.ids = list(range(most))
-        elif not all(type(number) is int for number in self.ids) or len(set(self.ids)) < len(self.ids):
+        elif not all(map(_is_number, self.ids)) or len(set(self.ids)) < len(self.ids):
             self.report("has a masklet_id that is no whole number, or that two masklets have")
         elif most > len(self.ids):
             self.report(f"has masks of {most} objects, but {len(self.ids)} in masklet_id")
@@ -183,6 +184,11 @@ class _MaskletScan:
             seen[number * step] = tuple(sorted(rank[each] for each in shown_places))
             places[number * step] = place
         return JsonMasklets(self.path, self.version, places, order, self.size, sorted(self.ids), seen)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be that of an object."""
+    return type(value) is int and abs(value) < MOST_ID
 
 
 def _code(code: Any, size: Size) -> Any:
@@ -320,7 +326,7 @@ class LinkedClip(FolderClip):
 
     def _object(self, annotation: CocoAnnotation, size: Size) -> tuple[Id, bytes]:
         track = annotation.track
-        if type(track) not in (int, str):
+        if not (isinstance(track, str) or _is_number(track)):
             raise ValueError("has no track_id, nor an instance_id or object_id, that is a number or a text")
         code = to_rle(annotation.segmentation, size)
         return track, code["counts"] if coco_mask.area(code) else b""

@@ -101,7 +101,7 @@ def _add_clip(name: str, frames: Path, masks: Path, root: Path, found: ClipSet) 
     if not objects:
         found.clips.append(LabelledClip(name, files, str(masks), [maps.get(stem, "") for stem in pictures]))
         return
-    for words in [words for words in objects if not (words.isascii() and words.isdigit())]:
+    for words in [words for words in objects if not re.fullmatch("[0-9]{1,18}", words)]:
         found.fault(masks / words, "is no number of an object")
         objects.remove(words)
     numbers = sorted(objects, key=int)
@@ -262,9 +262,19 @@ def is_inside(path: Path, root: Path, found: ClipSet) -> bool:
 
 def is_plain(name: str) -> bool:
     """Whether it can only be meant for something in one folder."""
-    return bool(name) and not name.startswith(".") and not {"/", "\\", "\0"} & set(name)
+    try:
+        fits = 0 < len(os.fsencode(name)) < 256
+    except UnicodeEncodeError:
+        return False
+    return fits and not name.startswith(".") and not {"/", "\\", "\0"} & set(name)
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts numbers in names by their values."""
-    return [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+def natural(name: str) -> list[tuple[int, str, str]]:
+    """A key that sorts numbers in names by their values, however many digits they have."""
+    parts = re.split(r"(\d+)", name)
+    return [_by_value(part) if part.isdecimal() else (-1, part, "") for part in parts]
+
+
+def _by_value(number: str) -> tuple[int, str, str]:
+    digits = number.lstrip("0")
+    return len(digits), digits, number

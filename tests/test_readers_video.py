@@ -19,10 +19,11 @@ from pycocotools import mask as oracle
 
 from errors import UserError
 from readers import ClipReader, DataError, check, drop, split, video_reader, video_table
+from readers.clip_folders import natural
 from readers.masklets import FilmFrames
 from samples import Sample
 from tests.conftest import SHARED, needs_shared
-from tests.helpers import ROOT
+from tests.helpers import ROOT, draw_clip_set
 from tests.sets import save
 from tests.test_readers_coco import mutated
 
@@ -288,7 +289,7 @@ def test_masklets_of_sav_beside_a_video(tmp_path: Path) -> None:
 def test_faults_of_masklets(tmp_path: Path) -> None:
     for number in range(8):
         save(tmp_path / "sav_1" / f"{number:05d}.jpg", frame(number))
-    wrong: dict[str, Any] = {"masklet": [[{"size": [1, 1], "counts": "01"}, 3], 5, []], "masklet_id": [1, 1]}
+    wrong: dict[str, Any] = {"masklet": [[{"size": [1, 1], "counts": "01"}, 3], 5, []], "masklet_id": [1, 2**63]}
     path = masklets(tmp_path, [], **wrong)
     found = problems(video_reader(str(path)))
     assert [line.removeprefix(f"{path}: ") for line in found] == [
@@ -324,6 +325,20 @@ def test_a_jump_that_misses_its_frame_is_noticed(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(FilmFrames, "_jump", wrong)
     assert [bar(frames[number]) for number in (30, 10, 47)] == [30, 10, 47]
+
+
+@pytest.mark.parametrize("name", ["9" * 5000, "x" * 5000, "..", "../x", "/etc", "a\0b", "clip0/../clip1"])
+def test_no_text_names_what_is_no_folder(name: str, tmp_path: Path) -> None:
+    draw_clip_set(tmp_path, 1)
+    (tmp_path / "chosen.txt").write_text(f"clip0\n{name}\n")
+    reader = video_reader(str(tmp_path / "chosen.txt"))
+    assert len(reader) == 1
+    assert [fault.problem.endswith("which is no name of a folder") for fault in reader.faults] == [True]
+
+
+def test_names_are_in_the_order_of_their_numbers() -> None:
+    names = ["2", "007", "7", "10", "9" * 5000, "a2", "a10", "a10b"]
+    assert sorted(names[::-1], key=natural) == names
 
 
 def test_videos_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -385,7 +400,7 @@ def test_coco_images_with_a_video_are_clips(tmp_path: Path) -> None:
 def test_faults_of_linked_annotations(tmp_path: Path) -> None:
     images = [*IMAGES, {"id": 6, "file_name": "c6.png"}, {"id": 7, "file_name": "c7.png", "video_id": "../z"}]
     images += [{"id": 10 + n, "file_name": f"d{n}.png", "video_id": 5, "frame_id": 1} for n in range(2)]
-    rows = [*LINKED, LINKED[0], {**LINKED[1], "track_id": None}, {**LINKED[0], "image_id": 2, "track_id": [1]}]
+    rows = [*LINKED, LINKED[0], {**LINKED[1], "track_id": 2**63}, {**LINKED[0], "image_id": 2, "track_id": [1]}]
     path = linked(tmp_path, images, [*rows, {"image_id": 5, "track_id": 1}])
     found = "\n".join(problems(video_reader(str(path))))
     for each in (
