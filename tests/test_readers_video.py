@@ -337,8 +337,8 @@ def test_no_text_names_what_is_no_folder(name: str, tmp_path: Path) -> None:
 
 
 def test_names_are_in_the_order_of_their_numbers() -> None:
-    names = ["2", "007", "7", "10", "9" * 5000, "a2", "a10", "a10b"]
-    assert sorted(names[::-1], key=natural) == names
+    names = ["a10b", "9" * 5000, "10", "a2", "7", "007", "a10", "2"]
+    assert sorted(names, key=natural) == ["2", "007", "7", "10", "9" * 5000, "a2", "a10", "a10b"]
 
 
 def test_videos_that_cannot_be_used_are_named(tmp_path: Path) -> None:
