@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ancestors.preset import Preset, Source, Table
+from ancestors.python_values import UNKNOWN
 from checkpoint import load_weights
-from config import Kind
+from config import MOST_VALUES, Kind, count_values
+from errors import UserError
 from models import infer_settings
 from models.rfdetr.variants import find_variant
 
@@ -64,8 +67,7 @@ def from_rfdetr(source: Path) -> Preset:
     """Of the options that a checkpoint of RF-DETR holds, and of the shapes of its weights."""
     content = load_weights(source)
     settings = infer_settings("rfdetr", content)
-    options = content.get("args", {})
-    there = Source(options if isinstance(options, dict) else vars(options))
+    there = Source(options_of(content, source))
     preset = Preset(Kind("rfdetr", "instance"))
     for name, value in settings.items():
         preset.put(f"model.{name}", value, "its weights")
@@ -82,6 +84,24 @@ def from_rfdetr(source: Path) -> Preset:
         preset.leave("args", None, "the file holds weights alone")
     there.leave_rest(preset, *RFDETR_KNOWN)
     return preset
+
+
+def options_of(content: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The options in a checkpoint, as plain values; none where it holds weights alone."""
+    args = content.get("args")
+    options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    if count_values(options, MOST_VALUES) > MOST_VALUES:
+        raise UserError(f"{source} is no checkpoint of RF-DETR: its args hold more than {MOST_VALUES} values")
+    return plain(options)
+
+
+def plain(value: Any) -> Any:
+    """UNKNOWN for what is no value of settings, as tensors are."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, (int, float, str, Path)) else UNKNOWN
 
 
 def rfdetr_rates(there: Source, preset: Preset) -> None:

@@ -474,6 +474,20 @@ def test_strange_values_are_left_out_or_refused(tmp_path: Path) -> None:
         assert loaded["model"]["family"] == "birefnet"
 
 
+def test_options_of_any_kind_end_in_a_preset_or_a_sentence(tmp_path: Path) -> None:
+    content = checkpoint.load_weights(write_rfdetr(tmp_path))
+    file = tmp_path / "odd.pth"
+    odd = {"lr": torch.ones(2), "dataset_dir": b"x", "multi_scale": [torch.ones(2)], "more": {"epochs": torch.ones(2)}}
+    for args in (5, None, "x", [1], torch.ones(3), odd, {1: 2, (1, 2): 3}, argparse.Namespace(lr=1e400)):
+        torch.save({**content, "args": args}, file)
+        assert translate(file).values["model.num_classes"][0] == 3
+    endless: dict[str, Any] = {}
+    endless["x"] = endless
+    torch.save({**content, "args": endless}, file)
+    with pytest.raises(UserError, match="hold more than 100000 values"):
+        translate(file)
+
+
 def test_a_checkpoint_without_options_is_continued_from_its_shapes(tmp_path: Path) -> None:
     content = checkpoint.load_weights(write_rfdetr(tmp_path))
     torch.save({"model": content["model"]}, tmp_path / "bare.pth")
