@@ -120,6 +120,6 @@ def collect_on_rank(rank: int, folder: str, root: str) -> None:
 
 def test_two_ranks_show_what_one_shows(tmp_path: Path, reader: BinaryFolders) -> None:
     root = str(Path(reader.read(0).path).parent.parent)
-    mp.spawn(collect_on_rank, args=(str(tmp_path), root), nprocs=2)
+    mp.start_processes(collect_on_rank, args=(str(tmp_path), root), nprocs=2, start_method="fork")
     assert torch.load(tmp_path / "rank0.pt") == [["02", "05", "06"], ["03", "01", "04"]]
     assert torch.load(tmp_path / "rank1.pt") == [[], []]

@@ -164,7 +164,7 @@ def score_on_rank(rank: int, world_size: int, folder: str) -> None:
 def test_two_ranks_give_the_figures_of_one(tmp_path: Path) -> None:
     alone = score_some(list(range(7)), batch_size=3)
     assert alone["ids"] == [f"s{i}" for i in range(7)]
-    mp.spawn(score_on_rank, args=(2, str(tmp_path)), nprocs=2)
+    mp.start_processes(score_on_rank, args=(2, str(tmp_path)), nprocs=2, start_method="fork")
     for rank in range(2):
         assert torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) == alone
     assert score_some([4, 2, 6, 0, 5, 1, 3], batch_size=7) == alone

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, Zygote, draw_set, flags_for, python, wait_for, zygote_in
+from tests.helpers import ROOT, Zygote, draw_set, flags_for, wait_for, zygote_in
 
 COMET_KEY, WANDB_KEY = "canaryComet0123456789ABCD", "canaryWandb" + "0123456789abcdef" * 2
 CANARY = b"canary"
@@ -120,16 +120,16 @@ def test_a_key_is_in_no_file_of_a_run(where: str, zygote: Zygote, data: Path, tm
 
 @pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("where", ["environment", "flags"])
-def test_a_key_is_in_no_traceback(where: str, debug: bool, data: Path, tmp_path: Path) -> None:
+def test_a_key_is_in_no_traceback(where: str, debug: bool, zygote: Zygote, data: Path, tmp_path: Path) -> None:
     flags, environment = given(where, tmp_path)
     command = flags_for(data, tmp_path / "runs", "bright", "--epochs", "1", *flags, *(["--debug"] if debug else []))
-    program = CRASH + "import sys, runpy\nsys.argv[0] = 'train.py'\nrunpy.run_path('train.py', run_name='__main__')"
-    done = python("-c", program, *command, **environment)
-    assert done.returncode == 1
-    assert "RuntimeError: the server refused ***" in done.stderr
-    assert "ValueError: 400 for key ***" in done.stderr  # with the cause, and the lines that led there
-    assert "in train" in done.stderr
-    assert leaks((done.stdout + done.stderr).encode(), "output") == []
+    job = zygote.start(command, before=CRASH, **environment)
+    assert job.wait() == [1]
+    said = job.text()
+    assert "RuntimeError: the server refused ***" in said
+    assert "ValueError: 400 for key ***" in said  # with the cause, and the lines that led there
+    assert "in train" in said
+    assert leaks(said.encode(), "output") == []
     assert leaks_in(tmp_path / "runs") == []
     assert "the run ended with RuntimeError: the server refused ***" in (tmp_path / "runs/bright/train.log").read_text()
 
