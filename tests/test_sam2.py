@@ -17,6 +17,7 @@ from torch import Tensor
 from errors import UserError
 from models import infer_family
 from models.base import key_pairs
+from models.sam2.layers import Attention, drop
 from models.sam2.memory import PROMPTED, recall
 from models.sam2.model import ONLY_IN_2_1, PARTS, Sam2
 from models.sam2.parts import ABSENT, Points
@@ -215,6 +216,26 @@ def test_rotations_are_products_of_complex_numbers() -> None:
     assert cos.shape == (15, 16)
     torch.testing.assert_close(cos[7, 0], torch.tensor(2.0).cos())  # column 2 of row 1
     torch.testing.assert_close(cos[7, 8], torch.tensor(1.0).cos())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_few_channels_may_be_weighted_before_they_are_projected(dropout: float) -> None:
+    attention = Attention(32, 32, 1, key_dim=8, dropout=dropout)
+    query, key, value = torch.randn(2, 5, 32), torch.randn(2, 7, 32), torch.randn(2, 7, 8)
+    torch.manual_seed(0)
+    few = attention.attend_to_few(query, key, value)
+    torch.manual_seed(0)
+    torch.testing.assert_close(few, attention.attend(query, key, attention.v_proj(value)))
+
+
+def test_dropout_keeps_the_mean() -> None:
+    x = torch.ones(3, 70001, requires_grad=True)
+    dropped = drop(x, 0.1)
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.01)
+    dropped.sum().backward()
+    torch.testing.assert_close(x.grad, dropped.detach())
+    assert drop(torch.ones(()), 0.5).item() in (0, 2)
 
 
 @torch.no_grad()

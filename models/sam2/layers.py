@@ -71,13 +71,29 @@ class Attention(nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same of what is projected already."""
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
-        dropout = self.dropout if self.training else 0.0
-        if dropout and query.device.type == "cpu":  # where torch has no fused attention with dropout
-            scale = query.shape[-1] ** -0.5
-            x = drop((query * scale @ key.mT).softmax(-1), dropout) @ value
-        else:
+        if self.is_fused(query):
+            dropout = self.dropout if self.training else 0.0
             x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        else:
+            x = self.shares(query, key) @ value
         return self.out_proj(x.transpose(1, 2).flatten(2))
+
+    def attend_to_few(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same of one head, with values (B, M, ·) of few channels that are not projected yet."""
+        if self.is_fused(query):
+            return self.attend(query, key, self.v_proj(value))
+        # The few channels are weighted, then projected. Dropout leaves shares that do not sum to 1: so counts the bias.
+        shares = self.shares(query, key)
+        x = F.linear(shares @ value, self.v_proj.weight) + shares.sum(-1, keepdim=True) * self.v_proj.bias
+        return self.out_proj(x)
+
+    def is_fused(self, query: Tensor) -> bool:
+        """Whether torch has a fused kernel: on the CPU there is none with dropout."""
+        return not (self.training and self.dropout and query.device.type == "cpu")
+
+    def shares(self, query: Tensor, key: Tensor) -> Tensor:
+        """(..., N, M): how much of each key every query takes."""
+        return drop((query * query.shape[-1] ** -0.5 @ key.mT).softmax(-1), self.dropout)
 
 
 class Dropout(nn.Dropout):

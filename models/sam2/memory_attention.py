@@ -90,7 +90,7 @@ class MemoryBlock(nn.Module):
         maps, tokens = paired(attention.k_proj, keys).tensor_split([keys.shape[1] - pointers], 1)
         maps = rotate(maps.unflatten(1, (-1, x.shape[1])), table).flatten(1, 2)
         query = rotate(paired(attention.q_proj, x), table)
-        return attention.attend(query, torch.cat((maps, tokens), 1), attention.v_proj(values))
+        return attention.attend_to_few(query, torch.cat((maps, tokens), 1), values)
 
 
 def paired(layer: nn.Linear, x: Tensor) -> Tensor:
