@@ -83,9 +83,8 @@ class Attention(nn.Module):
         if self.is_fused(query):
             return self.attend(query, key, self.v_proj(value))
         # The few channels are weighted, then projected. Dropout leaves shares that do not sum to 1: so counts the bias.
-        shares = self.shares(query, key)
-        x = F.linear(shares @ value, self.v_proj.weight) + shares.sum(-1, keepdim=True) * self.v_proj.bias
-        return self.out_proj(x)
+        weight = torch.cat((self.v_proj.weight, self.v_proj.bias[:, None]), 1)
+        return self.out_proj(F.linear(self.shares(query, key) @ F.pad(value, (0, 1), value=1.0), weight))
 
     def is_fused(self, query: Tensor) -> bool:
         """Whether torch has a fused kernel: on the CPU there is none with dropout."""
