@@ -9,7 +9,7 @@ CHECKS = (
     ["-m", "ruff", "check", "."],
     ["-m", "ruff", "format", "--check", "."],
     ["-m", "mypy", "."],
-    ["-m", "pytest", "-n", "auto", "--dist", "worksteal"],  # neighbours, which share what is made for them, stay together
+    ["-m", "pytest", "-n", "auto", "--dist", "worksteal"],  # neighbours share what is made for them
 )
 
 
