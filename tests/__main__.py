@@ -1,4 +1,4 @@
-"""Everything that must be clean before a change goes in: `python -m tests`."""
+"""Everything that must be clean before a change goes in: `python -m tests`, without what takes minutes (`tests.long`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CHECKS = (
     ["-m", "ruff", "check", "."],
     ["-m", "ruff", "format", "--check", "."],
     ["-m", "mypy", "."],
-    ["-m", "pytest", "-n", "auto", "--dist", "worksteal"],  # neighbours share what is made for them
+    ["-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "not slow"],  # neighbours share fixtures
 )
 
 

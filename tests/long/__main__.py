@@ -1,4 +1,4 @@
-"""The fault matrix in full, minutes to an hour: `python -m tests.long [-k WORD]`. No part of the ordinary suite."""
+"""The fault matrix in full, and the tests that are marked slow, minutes to an hour: `python -m tests.long [-k WORD]`."""
 
 from __future__ import annotations
 
@@ -9,4 +9,5 @@ import pytest
 
 if __name__ == "__main__":
     files = sorted(str(file) for file in Path(__file__).parent.glob("long_*.py"))
-    sys.exit(pytest.main([*files, "-v", "--durations=0", *sys.argv[1:]]))
+    tests = str(Path(__file__).parent.parent)
+    sys.exit(pytest.main([tests, *files, "-m", "slow", "-v", "--durations=0", *sys.argv[1:]]))

@@ -15,6 +15,8 @@ import checkpoint
 from checkpoint import CheckpointError, RunFolder, load, load_weights
 from tests.helpers import TOY, add_toy_family, draw_set, flags_for, in_process
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -9,6 +9,7 @@ import pytest
 from tests import test_resume
 from tests.helpers import Zygote
 
+pytestmark = pytest.mark.slow
 data, toy, zygote = test_resume.data, test_resume.toy, test_resume.zygote  # fixtures
 
 

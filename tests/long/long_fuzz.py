@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.slow
 PART = 1000
 
 
