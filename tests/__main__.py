@@ -1,4 +1,4 @@
-"""Everything that must be clean before a change goes in: `python -m tests`, without what takes minutes (`tests.long`)."""
+"""Everything that must be clean before a change goes in: `python -m tests`; minutes are for `python -m tests.long`."""
 
 from __future__ import annotations
 
