@@ -50,12 +50,13 @@ from dataset import normalize
 from predict import predict, predict_tiled
 from prompting import Prompts, read_prompts
 from readers import DataError, Fault, ImageList, Reader
+from readers.masklets import silence_opencv
 from samples import Batch, Sample, SampleInfo, Size
 from streams import ahead, resized
 from tasks import Task, get_task
 from transforms import content_share, resize
 from utils import choose_precision, loading_workers, pick_device
-from video import VideoReader, silence_opencv
+from video import VideoReader
 from writers import FormatError, FrameFolder, JsonList, VideoWriter, write_image
 
 WRITERS = 4

@@ -103,9 +103,3 @@ class Backwards:
 def checksum(frame: np.ndarray) -> int:
     """Of a frame, to tell it from others."""
     return zlib.crc32(frame.data)
-
-
-def silence_opencv() -> None:
-    """Keep OpenCV and its FFmpeg from printing what they think of a file: a fault says it, once, with the path."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

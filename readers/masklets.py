@@ -27,6 +27,15 @@ Seen = tuple[int, ...] | None  # the places of objects that a frame shows; None 
 # Frames
 
 
+def silence_opencv() -> None:
+    """Keep OpenCV and its FFmpeg from printing what they think of a file: a fault says it, once, with the path.
+
+    FFmpeg's part counts only before the first video of a process is opened.
+    """
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
 class FrameFiles(Sequence[np.ndarray]):
     """Pictures below one folder, (H, W, 3) uint8 RGB each."""
 
@@ -74,6 +83,7 @@ class FilmFrames(Sequence[np.ndarray]):
         return times
 
     def _open(self) -> cv2.VideoCapture:
+        silence_opencv()
         capture = cv2.VideoCapture(self.file, cv2.CAP_FFMPEG)
         if not capture.isOpened():
             raise self._error("cannot be read as a video" if os.path.isfile(self.file) else "does not exist")

@@ -20,7 +20,7 @@ from pycocotools import mask as oracle
 from errors import UserError
 from readers import ClipReader, DataError, check, drop, split, video_reader, video_table
 from readers.clip_folders import natural
-from readers.masklets import FilmFrames
+from readers.masklets import FilmFrames, silence_opencv
 from samples import Sample
 from tests.conftest import SHARED, needs_shared
 from tests.helpers import ROOT, draw_clip_set
@@ -230,6 +230,7 @@ def code(mask: np.ndarray) -> dict[str, Any]:
 
 def film(path: Path, count: int, size: tuple[int, int] = (64, 192), code: str = "mp4v") -> Path:
     """A video in which a white bar grows by two pixels from frame to frame."""
+    silence_opencv()
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*code), 24, size[::-1])
     for number in range(count):

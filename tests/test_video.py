@@ -14,14 +14,10 @@ import pytest
 
 from errors import UserError
 from readers import DataError
+from readers.masklets import silence_opencv
 from tests.tiny import files_below, photo
-from video import VideoReader, silence_opencv
+from video import VideoReader
 from writers import FormatError, FrameFolder, VideoWriter
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    silence_opencv()
 
 
 def film(count: int, height: int = 48, width: int = 80, seed: int = 0) -> list[np.ndarray]:
@@ -31,6 +27,7 @@ def film(count: int, height: int = 48, width: int = 80, seed: int = 0) -> list[n
 
 
 def write_film(path: Path, frames: list[np.ndarray], codec: str = "mp4v", rate: float = 12.5) -> Path:
+    silence_opencv()
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = frames[0].shape[:2]
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, (width, height))
