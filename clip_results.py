@@ -25,7 +25,6 @@ from readers.masks import inner_folder
 from samples import Batch, Sample, Size
 from writers import write_palette
 
-MAX_IDS = 255  # values of a label map beside 0
 MAX_IDS = 254  # of a label map: 0 is the ground
 UNKNOWN = 255  # the place of values that are no object's
 

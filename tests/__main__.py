@@ -1,4 +1,4 @@
-"""Everything that must be clean before a change goes in: `python -m tests`; minutes are for `python -m tests.long`."""
+"""Everything that must be clean before a change goes in: `python -m tests`; hours are for `python -m tests.long`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CHECKS = (
     ["-m", "ruff", "check", "."],
     ["-m", "ruff", "format", "--check", "."],
     ["-m", "mypy", "."],
-    ["-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "not slow"],  # neighbours share fixtures
+    ["-m", "pytest", "-n", "auto", "--dist", "worksteal"],  # neighbours share fixtures
 )
 
 
