@@ -27,6 +27,7 @@ from pycocotools import mask as coco_mask
 from checkpoint import TEMPORARY
 from clip_files import Clip
 from errors import UserError
+from instances import as_json, encode
 from prompting import MAX_OBJECT
 from writers import JsonList, write_image, write_palette, writing
 
@@ -135,12 +136,12 @@ class Annotator:
         self._lists["images"].extend([{"id": image, "file_name": name, "height": height, "width": width}])
         for number in np.unique(labels[labels > 0]).tolist():
             self._counts["annotations"] += 1
-            code = coco_mask.encode(np.asfortranarray(labels == number, np.uint8))
+            code = encode(labels == number)
             record = {
                 "id": self._counts["annotations"],
                 "image_id": image,
                 "category_id": categories[number],
-                "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
+                "segmentation": as_json(code),
                 "bbox": coco_mask.toBbox(code).tolist(),
                 "area": int(coco_mask.area(code)),
                 "iscrowd": 0,

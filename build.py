@@ -140,7 +140,7 @@ def build_loaders(config: Config, task: Task, world: World, readers: tuple[Reade
 
 def train_dataset(reader: Reader, task: Task, config: Config) -> Dataset:
     """The samples of a reader as the settings vary them."""
-    return (ClipDataset if task.has_clips else Dataset)(
+    return dataset_of(task)(
         reader,
         make_target=task.make_target,
         augment=build_augment(config, task),
@@ -148,6 +148,10 @@ def train_dataset(reader: Reader, task: Task, config: Config) -> Dataset:
         seed=config.seed,
         pad=pads(config, task),
     )
+
+
+def dataset_of(task: Task) -> type[Dataset]:
+    return ClipDataset if task.has_clips else Dataset
 
 
 def check_size(config: Config, stride: int) -> None:
@@ -170,7 +174,7 @@ def build_eval_loader(reader: Reader, task: Task, config: Config, world: World) 
         world_size=world.size,
     )
     return build_loader(
-        (ClipDataset if task.has_clips else Dataset)(reader, make_target=task.make_target, pad=pads(config, task)),
+        dataset_of(task)(reader, make_target=task.make_target, pad=pads(config, task)),
         sampler,
         collate_targets=task.collate_targets,
         statistics=config.data.normalize,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,10 @@ import numpy as np
 
 from errors import UserError
 from readers import DataError, Fault, ImageList, read_image
+from readers.clip_folders import natural
+from readers.films import DEFAULT_RATE
 from samples import Size
-from video import DEFAULT_RATE, Backwards, VideoReader
+from video import Backwards, VideoReader
 
 
 class Clip(ABC):
@@ -152,6 +153,6 @@ def refuse_same_names(named: Sequence[tuple[str, str]]) -> None:
             raise UserError(f"{path} would write the same outputs as {known[name]}; run them one after the other")
 
 
-def in_time(path: str) -> list[str | int]:
-    """A key that sorts names by the numbers in them: 9 before 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", os.path.basename(path))]
+def in_time(path: str) -> list[tuple[int, str, str]]:
+    """A key that sorts files by the numbers in their names: 9 before 10."""
+    return natural(os.path.basename(path))

@@ -22,7 +22,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from tqdm import tqdm
@@ -33,6 +32,7 @@ from colors import palette
 from dataset import normalize
 from errors import UserError
 from instance_pictures import object_colors, paint, write_caption
+from instances import as_json, encode
 from metrics.video import label_map
 from models.sam2.tracker import Tracker
 from prompting import MAX_OBJECT, Prompt, Prompts, fitted, refuse
@@ -312,17 +312,11 @@ def records(labels: np.ndarray, image: int | str, scores: Mapping[int, float], n
             "image_id": image,
             "category_id": names.categories[number],
             "object_id": number,
-            "segmentation": encoded(labels == number),
+            "segmentation": as_json(encode(labels == number)),
             "score": scores[number],
         }
         for number in np.unique(labels[labels > 0]).tolist()
     ]
-
-
-def encoded(mask: np.ndarray) -> dict[str, Any]:
-    """(H, W) bool as the run-length code that COCO's files hold."""
-    code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": code["size"], "counts": code["counts"].decode()}
 
 
 # ---------------------------------------------------------------- drawing

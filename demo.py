@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from colors import palette
 from errors import UserError
 from samples import IGNORED
+from writers import write_palette
 
 VERSION, SEMANTIC_VERSION, INSTANCE_VERSION = 2, 1, 1  # of what is drawn; raise it whenever a pixel changes
 CLASSIFICATION_VERSION = VIDEO_VERSION = 1
@@ -538,12 +538,9 @@ def _draw_clips(folder: Path, seed: int) -> None:
         (folder / "ImageSets" / f"{split}.txt").write_text("\n".join(names) + "\n")
         for index, name in enumerate(names):
             (folder / "JPEGImages" / name).mkdir(parents=True)
-            (folder / "Annotations" / name).mkdir(parents=True)
             for number, (frame, labels) in enumerate(draw_clip(_stream(seed, part, index), comes_back=index % 2 == 0)):
                 Image.fromarray(frame).save(folder / "JPEGImages" / name / f"{number:05d}.jpg", quality=95)
-                mask = Image.fromarray(labels)
-                mask.putpalette(palette().ravel().tolist())
-                mask.save(folder / "Annotations" / name / f"{number:05d}.png")
+                write_palette(folder / "Annotations" / name / f"{number:05d}.png", labels)
 
 
 def draw_clip(

@@ -45,12 +45,12 @@ from tqdm import tqdm
 
 from automatic import segment_everything
 from checkpoint import load_model
-from clip_inference import DRAWN, Follower, follow_inputs
+from clip_inference import DRAWN, Follower, follow_inputs, image_id
 from dataset import normalize
 from predict import predict, predict_tiled
 from prompting import Prompts, read_prompts
 from readers import DataError, Fault, ImageList, Reader
-from readers.masklets import silence_opencv
+from readers.films import silence_opencv
 from samples import Batch, Sample, SampleInfo, Size
 from streams import ahead, resized
 from tasks import Task, get_task
@@ -155,8 +155,7 @@ def noted(
     for number, (frame, result) in enumerate(predictions, 1):
         if objects and not isinstance(result, Fault):
             name = f"{frame.info.sample_id}/{number:06d}" if is_video else frame.info.sample_id
-            image_id = int(name) if name.isascii() and name.isdigit() else name
-            for kind, records in objects.records(result, image_id, predictor.file_ids).items():
+            for kind, records in objects.records(result, image_id(name), predictor.file_ids).items():
                 if kind not in lists:
                     lists[kind] = files.enter_context(JsonList(output / f"results_{kind}.json"))
                 lists[kind].extend(records)
@@ -189,8 +188,7 @@ def list_inputs(settings: InferenceSettings) -> ImageList:
 
 def kinds_of(settings: InferenceSettings, task: Task) -> list[str]:
     """What is written of each picture, by the names of the folders."""
-    has_colors = task.has_colors and not task.has_clips  # those of clips are in the masks' own palette
-    asked = {"colors": settings.colors and has_colors, "cutouts": settings.cutout, "overlays": settings.overlay,
+    asked = {"colors": settings.colors and task.has_colors, "cutouts": settings.cutout, "overlays": settings.overlay,
              "side_by_side": settings.side_by_side, "crops": settings.crops}  # fmt: skip
     return [*(["masks"] if task.mask else []), *(kind for kind, is_asked in asked.items() if is_asked)]
 

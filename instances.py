@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -195,6 +196,16 @@ def _cells_on_outlines(positive: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- run-length codes
+
+
+def encode(mask: np.ndarray) -> Rle:
+    """The run-length code of a mask (H, W) bool."""
+    return coco_mask.encode(np.asfortranarray(mask, np.uint8))
+
+
+def as_json(code: Rle) -> dict[str, Any]:
+    """A run-length code as COCO's files hold it."""
+    return {**code, "counts": code["counts"].decode()}
 
 
 def areas_of(codes: Sequence[Rle]) -> np.ndarray:

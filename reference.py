@@ -6,16 +6,14 @@ They are made of the settings' own documentation, so the page cannot say anythin
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from checkpoint import write_text
 from config import ALIASES, ROOT, Key, describe, keys_of, known_keys
-from errors import UserError, run_command
+from errors import run_command
+from generated import Generated, markdown
 from settings import (
     FAMILY_DEFAULTS,
     FAMILY_SETTINGS,
@@ -25,8 +23,7 @@ from settings import (
     InferenceSettings,
 )
 
-PAGE = ROOT / "docs" / "configuration.md"
-BEGIN, END = "<!-- what `python reference.py` prints -->\n", "<!-- end -->"
+PAGE = Generated("reference.py", ROOT / "docs" / "configuration.md")
 COMMANDS = {
     "evaluate.py": ("Flags of its own, beside the settings above.", EvaluateSettings),
     "inference.py": ("Its flags.", InferenceSettings),
@@ -119,27 +116,5 @@ def family_defaults() -> str:
     return markdown(["family", "its defaults"], rows)
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def shown(page: Path = PAGE) -> str:
-    """What the page holds between its marks."""
-    return page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-
-
-def command() -> None:
-    """Print the tables, or write them between the marks of the page."""
-    words = [word for word in sys.argv[1:] if word != "--debug"]
-    if words not in ([], ["--write"]):
-        raise UserError(f"unexpected {words[0]}: write python reference.py, or python reference.py --write")
-    if not words:
-        print(tables(), end="")
-        return
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    write_text(PAGE, before + BEGIN + tables() + END + rest.partition(END)[2])
-
-
 if __name__ == "__main__":
-    run_command(command)
+    run_command(lambda: PAGE.command(tables))

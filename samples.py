@@ -221,7 +221,7 @@ class VideoTarget:
 class Batch:
     """What models, criteria and metrics are given."""
 
-    images: Any  # (B, 3, H, W) or (B, T, 3, H, W) float32, normalised; clips in evaluation: `clips.Streams`
+    images: Any  # (B, 3, H, W) or (B, T, 3, H, W) float32, normalised; clips in evaluation: `streams.Streams`
     targets: Any  # `Targets` of the task, or None at inference
     samples: list[SampleInfo]
 

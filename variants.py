@@ -6,7 +6,6 @@ Models are built without memory for their weights and asked for the operations o
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,14 +14,13 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import write_text
 from config import Kind, default_config, default_task
 from errors import UserError, run_command
+from generated import Generated, markdown
 from models import FAMILIES, create_model
 from settings import FAMILY_SETTINGS
 
-README = Path(__file__).resolve().parent / "README.md"
-BEGIN, END = "<!-- what `python variants.py` prints -->\n", "<!-- end -->"
+README = Generated("variants.py", Path(__file__).resolve().parent / "README.md")
 COLUMNS = ("family", "size", "parameters", "G multiply-additions", "input", "published weights", "their licence")
 TIMM_LICENCES = {
     "apache-2.0": "Apache-2.0", "mit": "MIT", "bsd-3-clause": "BSD-3-Clause", "dinov3-license": "DINOv3 License",
@@ -95,22 +93,8 @@ def table() -> str:
     rows = [
         row for family in FAMILIES for name, settings in sizes_of(family) if (row := row_of(family, name, settings))
     ]
-    lines = [COLUMNS, ["---"] * 2 + ["---:"] * 3 + ["---"] * 2, *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def command() -> None:
-    """Print the table, or write it between its marks in README.md."""
-    words = [word for word in sys.argv[1:] if word != "--debug"]
-    if words not in ([], ["--write"]):
-        raise UserError(f"unexpected {words[0]}: write python variants.py, or python variants.py --write")
-    text = table()
-    if not words:
-        print(text, end="")
-        return
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    write_text(README, before + BEGIN + text + END + rest.partition(END)[2])
+    return markdown(COLUMNS, rows, ["---"] * 2 + ["---:"] * 3 + ["---"] * 2)
 
 
 if __name__ == "__main__":
-    run_command(command)
+    run_command(lambda: README.command(table))

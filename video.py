@@ -1,9 +1,8 @@
-"""The frames of a video file, decoded one at a time by OpenCV's own FFmpeg (H.264, HEVC, VP9, AV1 and older ones)."""
+"""The frames of a video file, decoded one at a time, forwards or backwards."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -12,8 +11,8 @@ import cv2
 import numpy as np
 
 from readers import DataError, Fault
+from readers.films import check_length, count_of, open_film, rate_of
 
-DEFAULT_RATE = 25.0  # frames a second where a file does not say
 CHUNK_FRAMES, CHUNK_BYTES = 64, 2**27  # that are decoded together to be read backwards
 
 
@@ -30,12 +29,8 @@ class VideoReader:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
-        self._capture = cv2.VideoCapture(self.path, cv2.CAP_FFMPEG)
-        if not self._capture.isOpened():
-            raise DataError(Fault(self.path, "cannot be read as a video"))
-        rate = self._capture.get(cv2.CAP_PROP_FPS)
-        self.rate = rate if math.isfinite(rate) and rate > 0 else DEFAULT_RATE
-        self.count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        self._capture = open_film(self.path)
+        self.rate, self.count = rate_of(self._capture), count_of(self._capture)
 
     def seek(self, number: int) -> VideoReader:
         """Go on with this frame, or with one near it: that is up to the container."""
@@ -50,11 +45,8 @@ class VideoReader:
                 break
             seconds = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 + 1 / self.rate
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        check_length(self.path, seconds, self._capture)
         self._capture.release()
-        announced = self.count / self.rate  # in time: where the rate varies, some containers guess the count
-        if seconds == 0 or announced - seconds > min(1, announced / 10):
-            problem = f"is damaged or cut off: it ends after {seconds:.2f} of {announced:.2f} seconds"
-            raise DataError(Fault(self.path, problem))
 
 
 class Backwards:

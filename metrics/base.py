@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from errors import UserError, nearest
+
 
 @dataclass(frozen=True)
 class Row:
@@ -42,10 +44,14 @@ class StreamingMetric:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    @staticmethod
-    def resolve(names: Sequence[str]) -> list[str]:
-        """The scores that names, abbreviations and groups mean; `UserError` for an unknown one."""
-        raise NotImplementedError
+    @classmethod
+    def resolve(cls, names: Sequence[str]) -> list[str]:
+        """The scores that names, or their headings in tables, mean in any case; `UserError` for an unknown one."""
+        known = {spelling.lower(): name for name, heading in cls.headings.items() for spelling in (name, heading)}
+        for name in names:
+            if name.lower() not in known:
+                raise UserError(f"unknown metric {name!r}{nearest(name, known)}; metrics: {', '.join(cls.headings)}")
+        return list(dict.fromkeys(known[name.lower()] for name in names))
 
     def reduce(self) -> None:
         """Bring the rows of all ranks to every rank, each sample once, by dataset and sample id."""

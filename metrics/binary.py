@@ -70,8 +70,8 @@ class BinaryMetric(StreamingMetric):
         self.pool: ThreadPoolExecutor | None = None
         self.waiting: deque[tuple[Row, Future[tuple[dict[str, float], dict[str, np.ndarray]]]]] = deque()
 
-    @staticmethod
-    def resolve(names: Sequence[str]) -> list[str]:
+    @classmethod
+    def resolve(cls, names: Sequence[str]) -> list[str]:
         """Score names from names, abbreviations and groups in any case; `UserError` for an unknown one.
 
         `mae` is the field's here, `normalized_mae`; the soft one needs no asking.

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from confusion import draw_confusion
-from errors import UserError, nearest
 from metrics.base import Row, StreamingMetric
 
 HEADINGS = {"top1": "Top-1", "top5": "Top-5", "cross_entropy": "CE"}
@@ -38,15 +37,6 @@ class ClassificationMetric(StreamingMetric):
         super().__init__()
         self.resolve(names)
         self.class_names = list(class_names)
-
-    @staticmethod
-    def resolve(names: Sequence[str]) -> list[str]:
-        """Score names from names and headings in any case; `UserError` for an unknown one."""
-        known = {spelling.lower(): name for name, heading in HEADINGS.items() for spelling in (name, heading)}
-        for name in names:
-            if name.lower() not in known:
-                raise UserError(f"unknown metric {name!r}{nearest(name, known)}; metrics: {', '.join(HEADINGS)}")
-        return list(dict.fromkeys(known[name.lower()] for name in names))
 
     @staticmethod
     @torch.no_grad()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UserError, nearest
+from errors import UserError
 from instances import corners, detections, ranks_within
 from metrics.average_precision import (
     AREAS,
@@ -87,15 +87,6 @@ class InstanceMetric(StreamingMetric):
                 raise UserError(f"the metric {name!r} needs masks, which this model does not predict")
         self._known: list[tuple[list[Row], dict[str, float]]] = []
         self._ranked: tuple[list[Row], Any] = ([], None)
-
-    @staticmethod
-    def resolve(names: Sequence[str]) -> list[str]:
-        """Score names from names and headings of tables in any case; `UserError` for an unknown one."""
-        known = {spelling.lower(): name for name, heading in HEADINGS.items() for spelling in (name, heading)}
-        for name in names:
-            if name.lower() not in known:
-                raise UserError(f"unknown metric {name!r}{nearest(name, known)}; metrics: {', '.join(HEADINGS)}")
-        return list(dict.fromkeys(known[name.lower()] for name in names))
 
     # ------------------------------------------------------------ training
 

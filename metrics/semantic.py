@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from confusion import draw_confusion
-from errors import UserError, nearest
+from errors import UserError
 from maps import argmax_at
 from metrics.base import Row, StreamingMetric
 
@@ -94,15 +94,6 @@ class SemanticMetric(StreamingMetric):
         super().__init__()
         self.resolve(names)
         self.class_names = list(class_names)
-
-    @staticmethod
-    def resolve(names: Sequence[str]) -> list[str]:
-        """Score names from names and the field's abbreviations in any case; `UserError` for an unknown one."""
-        known = {spelling.lower(): name for name, heading in HEADINGS.items() for spelling in (name, heading)}
-        for name in names:
-            if name.lower() not in known:
-                raise UserError(f"unknown metric {name!r}{nearest(name, known)}; metrics: {', '.join(SCORES)}")
-        return list(dict.fromkeys(known[name.lower()] for name in names))
 
     @staticmethod
     @torch.no_grad()

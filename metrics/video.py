@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UserError, nearest
 from metrics.base import Row, StreamingMetric
 from samples import Masklets, Size
 
@@ -177,15 +176,6 @@ class VideoMetric(StreamingMetric):
         self.higher_is_better = {name: not name.endswith("decay") for name in measured}
         self.maybe_undefined = frozenset(measured)
         self.score_clip = partial(score_clip, convention=convention, skip_ends=skip_ends)
-
-    @staticmethod
-    def resolve(names: Sequence[str]) -> list[str]:
-        """Score names from names and headings of tables in any case; `UserError` for an unknown one."""
-        known = {spelling.lower(): name for name, heading in HEADINGS.items() for spelling in (name, heading)}
-        for name in names:
-            if name.lower() not in known:
-                raise UserError(f"unknown metric {name!r}{nearest(name, known)}; metrics: {', '.join(HEADINGS)}")
-        return list(dict.fromkeys(known[name.lower()] for name in names))
 
     @staticmethod
     @torch.no_grad()

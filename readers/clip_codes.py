@@ -16,10 +16,11 @@ from layers import split_codes
 from readers.base import DataError, Fault
 from readers.clip_folders import FolderClip, is_inside, is_plain, list_files, natural
 from readers.coco import CocoAnnotation, CocoFile, CocoImage, Id, shown, size_fault, to_rle, version_of
+from readers.films import FilmFrames
 from readers.folders import VIDEO_SUFFIXES
 from readers.instance import CocoObjects, InstanceReader, Item, ObjectSource
 from readers.json_lists import elements
-from readers.masklets import Clip, ClipSet, CodeMasklets, FilmFrames, FrameFiles, Frames, Seen, SeenMasklets, drawn
+from readers.masklets import Clip, ClipSet, CodeMasklets, FrameFiles, Frames, Seen, SeenMasklets, drawn
 from samples import Size
 
 ENDINGS = ("_manual.json", "_auto.json")  # of SA-V's files: what people drew, and what a model did

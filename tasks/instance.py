@@ -13,7 +13,7 @@ from torch import Tensor
 from dataset import collate_instance, instance_target
 from demo import write_instance_demo
 from instance_pictures import draw_objects, draw_outcome, id_map, object_colors
-from instances import Detections, detections
+from instances import Detections, as_json, detections
 from metrics import InstanceMetric
 from readers import instance_reader, instance_table
 from samples import SampleInfo
@@ -106,8 +106,7 @@ def coco_results(
         box = [round(value, 3) for value in (left, top, right - left, bottom - top)]
         results["bbox"].append({**about, "bbox": box, "score": score})
         if found.codes is not None:
-            code = {**found.codes[i], "counts": found.codes[i]["counts"].decode()}
-            results["segm"].append({**about, "segmentation": code, "score": score})
+            results["segm"].append({**about, "segmentation": as_json(found.codes[i]), "score": score})
     return results
 
 

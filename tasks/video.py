@@ -56,8 +56,9 @@ def true_labels(scored: Scored, frame: int, size: Size) -> np.ndarray | None:
     if not masklets.annotated[frame]:
         return None
     labels = np.zeros(scored.sample.frames[frame].shape[:2], np.uint16)
-    for number in masklets.visible(frame)[::-1]:
-        labels[masklets.masks(frame, [number])[0]] = number + 1
+    numbers = masklets.visible(frame)[::-1]
+    for number, mask in zip(numbers, masklets.masks(frame, numbers), strict=True):
+        labels[mask] = number + 1
     return cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST)
 
 
@@ -101,7 +102,7 @@ VIDEO = Task(
     color=video_color,
     results=video_results,
     colorize=colorize_labels,
-    has_colors=True,
+    has_colors=False,  # those of label maps are in their own palette
     draw=draw_labels,
     cut_out=None,
     panels=video_panels,

@@ -20,7 +20,7 @@ from pycocotools import mask as oracle
 from errors import UserError
 from readers import ClipReader, DataError, check, drop, split, video_reader, video_table
 from readers.clip_folders import natural
-from readers.masklets import FilmFrames, silence_opencv
+from readers.films import FilmFrames, silence_opencv
 from samples import Sample
 from tests.conftest import SHARED, needs_shared
 from tests.helpers import ROOT, draw_clip_set

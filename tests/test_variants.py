@@ -10,8 +10,7 @@ from models import FAMILIES
 
 def shown_rows() -> list[str]:
     """The lines of the table in README.md."""
-    text = variants.README.read_text(encoding="utf-8")
-    return text.partition(variants.BEGIN)[2].partition(variants.END)[0].splitlines()
+    return variants.README.shown().splitlines()
 
 
 def test_the_table_holds_every_size_of_every_family() -> None:

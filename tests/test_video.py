@@ -14,7 +14,7 @@ import pytest
 
 from errors import UserError
 from readers import DataError
-from readers.masklets import silence_opencv
+from readers.films import silence_opencv
 from tests.tiny import files_below, photo
 from video import VideoReader
 from writers import FormatError, FrameFolder, VideoWriter

@@ -109,8 +109,6 @@ class Sam2(Sam2Parts):
     def predict(self, batch: Any) -> dict[str, Any]:
         """As in `Model`; for clips that are streamed `logits` [(n, T, H/4, W/4)], `scores` [(n, T)], both float32 on
         the host, and `prompted` [[n]], the frames in which the objects were prompted, -1 for none: an entry a clip."""
-        if self.training:
-            raise RuntimeError("predict() needs the model in evaluation mode: call model.eval() first")
         if isinstance(batch, Tensor) or isinstance(batch.images, Tensor):
             return super().predict(batch)
         found: dict[str, list[Any]] = {"logits": [], "scores": [], "prompted": []}
@@ -126,10 +124,10 @@ class Sam2(Sam2Parts):
         prompted, scores = [-1] * num_objects, torch.full((num_objects, num_frames), ABSENT)
         logits: Tensor | None = None
         for t, frame in enumerate(frames):
-            for number in masklets.visible(t) if masklets.annotated[t] else ():
-                if prompted[number] < 0:
-                    prompted[number] = t
-                    self.prompt_once(tracker, t, frame, number, masklets.masks(t, [number])[0])
+            new = [number for number in masklets.visible(t) if prompted[number] < 0] if masklets.annotated[t] else []
+            for number, mask in zip(new, masklets.masks(t, new) if new else (), strict=True):
+                prompted[number] = t
+                self.prompt_once(tracker, t, frame, number, mask)
             if logits is None:
                 height, width = frame.shape[-2:]
                 logits = torch.full((num_objects, num_frames, height // 4, width // 4), ABSENT)
