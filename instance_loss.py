@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from errors import UserError
 from loss import Criterion, full_precision
 from matcher import HungarianMatcher, Matches, Stages, blend, chunks, labels_at, neighbours, overlaps
+from models.linear import linear
 from samples import InstanceTarget
 
 MATCHING = {"class": 2.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
@@ -156,7 +157,7 @@ def matched_masks(stages: Stages, k: int, matches: Matches, part: slice) -> list
     ends = np.cumsum(matches.per_image).clip(part.start, part.stop)
     own = queries.split(np.diff(ends, prepend=part.start).tolist())
     maps = [full_precision(each) for each in stages.mask_features[k]]
-    return [(q @ each.flatten(0, 1).T).unflatten(1, each.shape[:2]) for q, each in zip(own, maps, strict=True)]
+    return [linear(q, each.flatten(0, 1)).unflatten(1, each.shape[:2]) for q, each in zip(own, maps, strict=True)]
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def main() -> None:
     memory = [{name: in_own_process(make, case) for name, make in makers.items()} for case in cases]
     for case, peaks in zip(cases, memory, strict=True):
         shape = f"{case.size}² batch {case.batch_size}, {case.objects} objects an image"
-        print(f"{case.variant} {shape}, {case.threads} threads, {case.device}")
+        print(f"{case.variant} {shape}, {case.threads} threads, {case.device}, {'bf16' if case.bf16 else 'fp32'}")
         compare(makers, case)
         for name, peak in peaks.items():
             print(f"{'peak memory':>14}, {name:>8}: {peak:.0f} MB")

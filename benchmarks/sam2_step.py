@@ -52,7 +52,7 @@ def main() -> None:
             times[name].append(timed(step))
     wall, cpu = ({name: median(t[i] for t in own[options.warmup :]) for name, own in times.items()} for i in (0, 1))
     shape = f"{options.frames} frames of {options.size}², {options.objects} objects, {options.clicks} corrections"
-    print(f"{options.variant} {shape}, {options.threads} threads")
+    print(f"{options.variant} {shape}, {options.threads} threads, {'bf16' if options.bf16 else 'fp32'}")
     for name in steps:
         print(f"{name:>12}: {wall[name]:.2f} s a step, {cpu[name]:.2f} s of the CPU, peak memory {memory[name]:.0f} MB")
     if len(steps) == 2:
@@ -89,7 +89,10 @@ def ours(options: argparse.Namespace) -> Step:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         counts = criterion.counts(batch)
-        torch.stack(list(criterion(model(batch), batch, counts).values())).sum().backward()
+        with precision_of(options):
+            outputs = model(batch)
+            losses = criterion(outputs, batch, counts)
+        torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
 
     return step
@@ -124,10 +127,16 @@ def theirs(options: argparse.Namespace) -> Step:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        criterion(model(batch), batch.masks)["core_loss"].backward()
+        with precision_of(options):
+            loss = criterion(model(batch), batch.masks)["core_loss"]
+        loss.backward()
         optimizer.step()
 
     return step
+
+
+def precision_of(options: argparse.Namespace) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)
 
 
 def clip_of(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,6 +171,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="under autocast, as the official configurations train")
     parser.add_argument("--official", default="", help="a clone of facebookresearch/sam2")
     return parser.parse_args()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from errors import UserError, nearest
 from models.base import LoadReport, Model
+from models.linear import use_linear
 
 __all__ = ["FAMILIES", "Family", "LoadReport", "Model", "create_model", "infer_settings", "resolve"]
 
@@ -42,7 +43,9 @@ def create_model(name: str, **settings: Any) -> Model:
     for key in settings:
         if key not in known:
             raise UserError(f"model.{key}: {name} has no such setting{nearest(key, known)}")
-    return build(**settings)
+    model = build(**settings)
+    use_linear(model)
+    return model
 
 
 def infer_settings(name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:

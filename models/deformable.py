@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from models.linear import linear
+
 BAND_VALUES = 2**22  # sampled values held at once on a CPU: 16 MB
 
 
@@ -87,7 +89,7 @@ class _BandedConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, offset, modulator, weight)
         pixels, matrix = _pixels(x), _matrix(weight)
         bands = [
-            F.linear(_sample_band(pixels, offset[:, :, band], modulator[:, :, band], band.start, x.shape[2]), matrix)
+            linear(_sample_band(pixels, offset[:, :, band], modulator[:, :, band], band.start, x.shape[2]), matrix)
             for band in _bands(x, matrix)
         ]
         return torch.cat(bands, 1).permute(0, 3, 1, 2)

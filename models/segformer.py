@@ -20,6 +20,7 @@ from errors import UserError, nearest
 from models.backbones import block_depths
 from models.backbones.library import mix_transformer
 from models.base import KeyTable, LoadReport, Logits, Model, unwrap
+from models.linear import linear
 
 SHORTEST_SIDE = 29  # of an image: below it the first stage's map is smaller than the patches of its keys
 
@@ -219,7 +220,7 @@ class Head(nn.Module):
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1×1 convolution of (B, C, H, W) by weights (D, C): (B, D, H, W), channels last in memory."""
-    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    return linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

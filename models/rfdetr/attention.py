@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.deformable import full_precision
+from models.linear import linear
 
 
 class SelfAttention(nn.Module):
@@ -30,8 +31,8 @@ class SelfAttention(nn.Module):
         width = x.shape[-1]
         # Sliced, not split: the halves of a split share one backward pass over the whole matrix.
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        query, key = F.linear(x + positions, weight[: 2 * width], bias[: 2 * width]).chunk(2, -1)
-        value = F.linear(x, weight[2 * width :], bias[2 * width :])
+        query, key = linear(x + positions, weight[: 2 * width], bias[: 2 * width]).chunk(2, -1)
+        value = linear(x, weight[2 * width :], bias[2 * width :])
         heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)]
         rate = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], dropout_p=rate)
@@ -78,9 +79,9 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets.bias.copy_(steps.expand(-1, self.levels, -1, -1).flatten())
         for parameter in self.attention_weights.parameters():
             nn.init.zeros_(parameter)
-        for linear in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
 
 
 def sample_maps(values: Tensor, sizes: list[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import checkpointed, without_autocast
+from models.linear import linear
 from models.rfdetr.decoder import Perceptron
 from models.rfdetr.rows import few_rows
 
@@ -86,7 +87,7 @@ class OfficialMaskHead(MaskHead):
         with without_autocast(states):
             both = torch.cat([planes.weight.flatten(1), planes.get_parameter("bias")[:, None]], 1).T
             weight, bias = both @ queries.weight, both @ queries.bias
-        return F.linear(self.query_features_block(states), weight, bias)
+        return linear(self.query_features_block(states), weight, bias)
 
     def vector_layers(self) -> list[nn.Module]:
         return [self.spatial_features_proj, self.query_features_block, self.query_features_proj]

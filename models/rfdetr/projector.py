@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.linear import linear
 
 EPS = 1e-6  # of the layer norms
 BOTTLENECKS = 3
@@ -77,7 +78,7 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv.kernel_size == (1, 1):
-            x = F.linear(x, self.conv.weight.flatten(1))
+            x = linear(x, self.conv.weight.flatten(1))
         else:
             # Laid out with channels first: oneDNN then sums in an order that has half the rounding error, and near
             # ties among the proposals fall as they do officially.

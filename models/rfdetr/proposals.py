@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.linear import linear
 from models.rfdetr.decoder import move_boxes
 
 BOX_SIDE = 0.05  # of a proposal in the finest map, as a share of the image; twice as much in the next
@@ -73,10 +74,10 @@ class GroupLinear(nn.Module):
     def forward(self, x: Tensor, groups: int) -> Tensor:
         """(B, G or 1, N, C) → (B, G, N, width)."""
         if groups == 1:
-            return F.linear(x, self.weight[0], self.bias[0])
+            return linear(x, self.weight[0], self.bias[0])
         if x.shape[1] == 1:
             return (
-                F.linear(x[:, 0], self.weight.flatten(0, 1), self.bias.flatten())
+                linear(x[:, 0], self.weight.flatten(0, 1), self.bias.flatten())
                 .unflatten(-1, (groups, -1))
                 .transpose(1, 2)
             )

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.linear import linear
+
 
 class LayerNorm2d(nn.Module):
     """Layer norm over the channels of (B, C, H, W). No `nn.LayerNorm`, since weight decay tells the two apart."""
@@ -27,7 +29,7 @@ class LayerNorm2d(nn.Module):
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1×1 convolution as the product that it is, with the channels last in memory."""
-    return F.linear(x.permute(0, 2, 3, 1), weight[..., 0, 0], bias).permute(0, 3, 1, 2)
+    return linear(x.permute(0, 2, 3, 1), weight[..., 0, 0], bias).permute(0, 3, 1, 2)
 
 
 class Pointwise(nn.Conv2d):
@@ -84,7 +86,7 @@ class Attention(nn.Module):
             return self.attend(query, key, self.v_proj(value))
         # The few channels are weighted, then projected. Dropout leaves shares that do not sum to 1: so counts the bias.
         weight = torch.cat((self.v_proj.weight, self.v_proj.bias[:, None]), 1)
-        return self.out_proj(F.linear(self.shares(query, key) @ F.pad(value, (0, 1), value=1.0), weight))
+        return self.out_proj(linear(self.shares(query, key) @ F.pad(value, (0, 1), value=1.0), weight))
 
     def is_fused(self, query: Tensor) -> bool:
         """Whether torch has a fused kernel: on the CPU there is none with dropout."""

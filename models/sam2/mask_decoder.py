@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import KeyTable
+from models.linear import linear
 from models.sam2.image_encoder import WIDTH
 from models.sam2.layers import Attention, LayerNorm2d, Mlp, Pointwise
 
@@ -132,7 +132,7 @@ class MaskDecoder(nn.Module):
 def parts_of(x: Tensor, upscaling: Any) -> Tensor:
     """A 2×2 transposed convolution of stride 2, of cells each by itself: (B, N, C) → (B, 4·N, C')."""
     weight = upscaling.weight.permute(2, 3, 1, 0)  # (2, 2, C', C)
-    return F.linear(x, weight.flatten(0, 2), upscaling.bias.repeat(4)).unflatten(-1, (4, -1)).flatten(1, 2)
+    return linear(x, weight.flatten(0, 2), upscaling.bias.repeat(4)).unflatten(-1, (4, -1)).flatten(1, 2)
 
 
 def rows_of(maps: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import KeyTable
+from models.linear import linear
 from models.sam2.image_encoder import WIDTH
 from models.sam2.layers import Attention, Dropout
 from models.sam2.memory_encoder import MEMORY_WIDTH
@@ -97,4 +98,4 @@ def paired(layer: nn.Linear, x: Tensor) -> Tensor:
     """A layer's channels in the order of `rotate`: the weights have pairs of neighbours, but whole halves turn faster,
     and products of queries and keys are the same in any order."""
     weight, bias = (part.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) for part in (layer.weight, layer.bias))
-    return F.linear(x, weight, bias)
+    return linear(x, weight, bias)
