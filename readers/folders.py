@@ -40,7 +40,10 @@ def parse_spec(spec: str, root: str | os.PathLike[str] | None) -> list[tuple[str
             raise UserError(f"data: an empty dataset name in {spec!r}; write name[:weight], joined with +")
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"data: the weight in {part!r} must be a number above 0")
-        found.append((text, locate(text, root), weight))
+        path = locate(text, root)
+        if path.exists() and not (path.is_file() or path.is_dir()):  # its end would be waited for
+            raise UserError(f"data: {path} is a pipe or a device; give a folder or a file")
+        found.append((text, path, weight))
     repeated = [text for text, count in Counter(text for text, _, _ in found).items() if count > 1]
     if repeated:
         raise UserError(f"data: {repeated[0]!r} is named twice in {spec!r}; give it a weight instead ({repeated[0]}:2)")

@@ -91,6 +91,8 @@ def _grey_step(path: str | os.PathLike[str]) -> int:
 
 def _decode(path: str | os.PathLike[str]) -> Image.Image:
     """Open and fully decode the first frame; PIL raises on truncation, where OpenCV fills with grey."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise DataError(Fault(os.fspath(path), "is no file but a folder, a pipe or a device"))
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # PIL warns from here on, which we refuse, and raises from twice as much
     try:
         # Only formats decoded in this process: PIL hands some others to external programs.

@@ -161,7 +161,8 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     save(tmp_path / "page.eps", np.zeros((4, 4, 3), np.uint8))
     (tmp_path / "page.eps").rename(tmp_path / "page.png")  # would start Ghostscript
-    for name in ("text.png", "page.png", "absent.png"):
+    os.mkfifo(tmp_path / "pipe.png")  # would be waited for
+    for name in ("text.png", "page.png", "absent.png", "pipe.png"):
         with pytest.raises(DataError, match=name):
             read_image(tmp_path / name)
 
@@ -198,9 +199,10 @@ def test_folders_join_with_weights_in_sorted_order(tmp_path: Path) -> None:
     assert reader.read(5).dataset == "b"
 
 
-@pytest.mark.parametrize("spec", ["a+a", "a:0", "a:-1", "a:nan", "a++b", ""])
+@pytest.mark.parametrize("spec", ["a+a", "a:0", "a:-1", "a:nan", "a++b", "", "pipe"])
 def test_a_senseless_spec_is_refused(tmp_path: Path, spec: str) -> None:
     pairs(tmp_path / "a", 1)
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="data:"):
         BinaryFolders(spec, root=tmp_path)
 
