@@ -11,6 +11,7 @@ import re
 import sys
 import time
 import uuid
+import warnings
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -344,6 +345,8 @@ def wrap_model(run: Run) -> nn.Module:
     known = signature(DistributedDataParallel).parameters  # newer versions of torch renamed the switch
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     own_buffers: dict[str, Any] = {switch: False}
+    # Of depthwise kernels with channels last, which differ in the stride of an axis of one element alone.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(run.raw_model, device_ids=devices, find_unused_parameters=exact, **own_buffers)
 
 

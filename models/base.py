@@ -201,6 +201,12 @@ class Model(nn.Module):
         """Whether an official key that this variant has no place for is known to be of no use to it."""
         return False
 
+    @staticmethod
+    def infer_settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that build the model of a checkpoint in the official layout. `UserError` where the weights are
+        of another family, or, as here, do not tell."""
+        raise UserError("these weights do not say which network they belong to: name it in the settings of the model")
+
     def load_official(self, state_dict: Mapping[str, Any]) -> LoadReport:
         """Load weights in the official layout, wrapped or bare, in any floating-point type.
 

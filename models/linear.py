@@ -75,7 +75,7 @@ class _Product(torch.autograd.Function):
 def _gradient_of_weight(gradient: Tensor, rows: Tensor) -> Tensor:
     """(out, in) from (n, out) and (n, in), as the product with the fewer columns: up to twice as fast as the other."""
     if gradient.shape[1] > rows.shape[1]:
-        return _product(rows.t(), gradient.t()).t()
+        return _product(rows.t(), gradient.t()).t().contiguous()  # as DDP's buckets want it
     return _product(gradient.t(), rows.t())
 
 
