@@ -59,6 +59,14 @@ class CocoImage:
     number: int | None = None  # there
 
 
+def coco_json(path: Path) -> Path | None:
+    """The json that a data set's path stands for: itself, or what Roboflow puts into a folder of images."""
+    if path.suffix.lower() == ".json":
+        return path
+    exported = path / "_annotations.coco.json"
+    return exported if exported.is_file() else None
+
+
 class CocoFile:
     """Images in the order of their names; `categories` is {id: name} in the order of the ids.
 

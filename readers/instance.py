@@ -25,7 +25,7 @@ from pycocotools import mask as coco_mask
 from errors import UserError
 from layers import MAX_DEPTH, MAX_OBJECTS, depth_of, split_codes
 from readers.base import DataError, Fault, Reader
-from readers.coco import CocoAnnotation, CocoFile, CocoImage, Id, shown, size_fault, to_rle
+from readers.coco import CocoAnnotation, CocoFile, CocoImage, Id, coco_json, shown, size_fault, to_rle
 from readers.folders import list_stems, locate, parse_spec
 from readers.images import read_image
 from samples import Objects, Rle, Sample, Size
@@ -188,7 +188,10 @@ class YoloFolder(ObjectSource):
             folders += [each for folder in named for each in (folder / "images", folder)]
         folder = next((folder for folder in folders if os.path.isdir(folder)), None)
         if folder is None or "images" not in folder.parts:
-            layout = "a data set is a COCO .json, or a folder with images/ and labels/, or what a data.yaml calls so"
+            layout = (
+                "a data set is a COCO .json, or a folder with images/ and labels/, or with _annotations.coco.json, "
+                "or what a data.yaml calls so"
+            )
             self.faults.append(Fault(str(path), f"is no data set: {layout}"))
         elif not folder.resolve().is_relative_to(above.resolve()):
             self.faults.append(Fault(str(above / "data.yaml"), f"{path.name} leads out of its folder, to {folder}"))
@@ -465,9 +468,8 @@ def instance_reader(
 
 
 def _open(name: str, path: Path, weight: float, images: Path | None) -> ObjectSource:
-    if path.suffix.lower() == ".json":
-        return CocoObjects(name, path, weight, images)
-    return YoloFolder(name, path, weight)
+    file = coco_json(path)
+    return CocoObjects(name, file, weight, images) if file else YoloFolder(name, path, weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy as np
 
 from errors import UserError
 from readers.base import DataError, Fault, Reader
-from readers.coco import CocoFile, CocoImage, Id, draw_labels, size_fault, to_rle
+from readers.coco import CocoFile, CocoImage, Id, coco_json, draw_labels, size_fault, to_rle
 from readers.folders import list_pairs, locate, parse_spec
 from readers.images import read_image, read_labels
 from samples import IGNORED, Sample, Size
@@ -264,9 +264,8 @@ def semantic_reader(
 
 
 def _open(name: str, path: Path, weight: float, images: Path | None) -> LabelSource:
-    if path.suffix.lower() == ".json":
-        return CocoLabels(name, path, weight, images)
-    return SemanticFolder(name, path, weight)
+    file = coco_json(path)
+    return CocoLabels(name, file, weight, images) if file else SemanticFolder(name, path, weight)
 
 
 def _limit_classes(count: int, where: str) -> None:

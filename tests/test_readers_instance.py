@@ -14,7 +14,18 @@ from pycocotools import mask as oracle
 
 from errors import UserError
 from layers import patch_of, runs_of
-from readers import Cached, DataError, InstanceReader, check, drop, instance_reader, instance_table, object_table, split
+from readers import (
+    Cached,
+    DataError,
+    InstanceReader,
+    check,
+    drop,
+    instance_reader,
+    instance_table,
+    object_table,
+    semantic_reader,
+    split,
+)
 from readers.coco import decode_counts
 from samples import Objects, Sample
 from tests.conftest import SHARED, needs_shared
@@ -336,3 +347,24 @@ def test_real_objects_are_those_of_pycocotools(name: str) -> None:
         for mask, box, row in zip(masks_of(sample), sample.masks.boxes, rows, strict=True):
             np.testing.assert_array_equal(mask, coco.annToMask(row))
             np.testing.assert_allclose(box[2:] - box[:2], row["bbox"][2:], atol=1e-3)
+
+
+def test_a_folder_as_roboflow_exports_it(tmp_path: Path) -> None:
+    """Pictures beside `_annotations.coco.json`, named by their folder; the label maps of its objects likewise."""
+    folder = tmp_path / "parts" / "train"
+    save(folder / "a.png", np.zeros((20, 30, 3), np.uint8))
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 30, "height": 20}],
+        "categories": [{"id": 1, "name": "bolt"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 4, 10, 8], "area": 80, "iscrowd": 0,
+                         "segmentation": [[5, 4, 15, 4, 15, 12, 5, 12]]}],
+    }  # fmt: skip
+    (folder / "_annotations.coco.json").write_text(json.dumps(content))
+    reader = instance_reader("parts/train", root=tmp_path)
+    assert not reader.faults
+    assert list(reader.datasets) == ["train"]
+    assert reader.sample_id(0) == "train/a"
+    assert reader.class_names == ["bolt"]
+    semantic = semantic_reader("parts/train", root=tmp_path)
+    assert not semantic.faults
+    assert semantic.class_names == ["background", "bolt"]
