@@ -155,7 +155,8 @@ class Augment:
         composed.set_random_state(generator, random.Random(int(generator.integers(2**63))))
         cv2.setRNGSeed(int(generator.integers(2**31)))  # some transforms draw from OpenCV
         try:
-            result = composed(**_targets(sample))
+            with np.errstate(invalid="ignore"):  # it divides by the area of boxes that a crop has left nothing of
+                result = composed(**_targets(sample))
             if not isinstance(result["image"], np.ndarray) or result["image"].dtype != np.uint8:
                 raise ValueError("a transform of the list returns no bytes; the program normalises pictures by itself")
         except Exception as error:  # whatever albumentations or OpenCV find in a sample that they were not made for
