@@ -2,7 +2,8 @@
 
 As the authors' SAM2AutomaticMaskGenerator does it without crops, with its defaults: of three masks for each point those
 that the model thinks well of and that are stable, and of those that overlap the best. What differs: stability is taken
-from the model's own maps, not from enlarged ones, and specks of a few of their cells go, which the authors leave.
+from the model's own maps, not from enlarged ones, which keeps more small masks, and specks of a few of their cells go,
+which the authors leave.
 """
 
 from __future__ import annotations
