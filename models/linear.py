@@ -36,11 +36,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        product = _Product.apply(rows, weight, bias)
-    else:
-        product = _product(rows, weight, bias)
-    return product.view(*x.shape[:-1], len(weight))
+    return _Product.apply(rows, weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1×1 convolution of (B, C, H, W) by weights (D, C): (B, D, H, W), channels last in memory."""
+    return linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -80,4 +81,9 @@ def _gradient_of_weight(gradient: Tensor, rows: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Itself or a copy: where rows or columns have gaps between them, oneDNN takes minutes."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()

@@ -20,7 +20,7 @@ from errors import UserError, nearest
 from models.backbones import block_depths
 from models.backbones.library import mix_transformer
 from models.base import KeyTable, LoadReport, Logits, Model, unwrap
-from models.linear import linear
+from models.linear import pointwise
 
 SHORTEST_SIDE = 29  # of an image: below it the first stage's map is smaller than the patches of its keys
 
@@ -216,11 +216,6 @@ class Head(nn.Module):
         for feature, weight in zip(features[1:], others, strict=True):
             total = F.interpolate(pointwise(feature, weight), total.shape[-2:], mode="bilinear").add_(total)
         return total
-
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1×1 convolution of (B, C, H, W) by weights (D, C): (B, D, H, W), channels last in memory."""
-    return linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import KeyTable
+from models.linear import pointwise
 from models.sam2.hiera import stages
-from models.sam2.layers import Pointwise, pointwise
+from models.sam2.layers import Pointwise
 
 WIDTH = 256  # channels of all features
 
@@ -71,4 +72,4 @@ class ImageEncoder(nn.Module):
 def in_one(first: Any, second: Any, x: Tensor) -> Tensor:
     """Two 1×1 convolutions after each other, with nothing between, are one: a twelfth of the products."""
     inner, outer = first.weight[..., 0, 0], second.weight[..., 0, 0]
-    return pointwise(x, (outer @ inner)[..., None, None], outer @ first.bias + second.bias)
+    return pointwise(x, outer @ inner, outer @ first.bias + second.bias)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.linear import linear
+from models.linear import linear, pointwise
 
 
 class LayerNorm2d(nn.Module):
@@ -27,11 +27,6 @@ class LayerNorm2d(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-6)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1×1 convolution as the product that it is, with the channels last in memory."""
-    return linear(x.permute(0, 2, 3, 1), weight[..., 0, 0], bias).permute(0, 3, 1, 2)
-
-
 class Pointwise(nn.Conv2d):
     """A 1×1 convolution, by `pointwise`."""
 
@@ -39,7 +34,7 @@ class Pointwise(nn.Conv2d):
         super().__init__(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return pointwise(x, self.weight, self.bias)
+        return pointwise(x, self.weight.flatten(1), self.bias)
 
 
 class Mlp(nn.Module):
