@@ -1,7 +1,8 @@
-"""Linear layers whose float32 products on a CPU are oneDNN's rather than MKL's.
+"""Linear layers whose gradients, in float32 on a CPU, are oneDNN's products rather than MKL's.
 
-torch brings both libraries, and sends `F.linear` to MKL, which on processors other than Intel's takes half as fast a
-way through products of the sizes of these models (docs/decisions.md has the figures). Both compute in float32.
+torch brings both libraries, and sends `F.linear` and its gradients to MKL, which on processors other than Intel's takes
+half as fast a way through products of the sizes of these models. Results stay MKL's, since a rounding that falls
+otherwise can change which of two near equals a maximum takes (docs/decisions.md has the figures of both).
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (…, in) times the transpose of weight (out, in), plus bias (out). Differentiable once."""
     if not _is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    return _Product.apply(rows, weight, bias).view(*x.shape[:-1], len(weight))
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,6 +48,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()  # first: a size that is compared is a condition of what is exported
         and _HAS_BOTH
+        and torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * len(weight) >= _FEWEST_PRODUCTS
@@ -55,11 +56,11 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-class _Product(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return _product(rows, weight, bias)
+        return F.linear(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -80,8 +81,9 @@ def _gradient_of_weight(gradient: Tensor, rows: Tensor) -> Tensor:
     return _product(gradient.t(), rows.t())
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """(n, in) times the transpose of (out, in)."""
+    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), None, "none", [], "")
 
 
 def _dense(matrix: Tensor) -> Tensor:

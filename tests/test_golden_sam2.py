@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import create_model, infer_settings
 from models.base import key_pairs
 from models.sam2.hiera import stages
 from models.sam2.mask_decoder import take
@@ -54,7 +55,8 @@ def _weights(variant: str) -> dict[str, Tensor]:
 
 def load(case: dict[str, Any]) -> Sam2:
     weights = weights_of(case)
-    model = Sam2(**Sam2.infer_settings(weights), drop_path=0.0, dropout=0.0)
+    model = create_model("sam2", **infer_settings("sam2", weights), drop_path=0.0, dropout=0.0)
+    assert isinstance(model, Sam2)
     report = model.load_official({"model": weights})
     assert len(report.loaded) == len(weights)
     assert not report.missing + report.unexpected + list(report.reshaped) + report.notes

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the numbers of float64, gradients for what asks for them, and the usual way for all else."""
+"""Linear layers with oneDNN's gradients: the numbers of float64, for what asks for them; the usual way for all else."""
 
 from __future__ import annotations
 
@@ -47,6 +47,19 @@ def test_inputs_of_any_strides_are_taken() -> None:
     inputs.append((drawn(1354, 1024)[:, :512], drawn(1536, 1024, seed=1)[:, 512:]))
     for x, weight in inputs:
         torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-4)
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        direction = drawn(*x.shape[:-1], len(weight), seed=2)
+        ours, usual = (torch.autograd.grad((f(*leaves) * direction).sum(), leaves) for f in (linear, F.linear))
+        torch.testing.assert_close(ours, usual, rtol=1e-5, atol=1e-3)
+
+
+@torch.no_grad()
+def test_results_are_the_usual_ones_to_the_bit() -> None:
+    x, weight, bias = drawn(600, 64), drawn(96, 64, seed=1), drawn(96, seed=2)
+    with torch.enable_grad():
+        trained = linear(x, weight.requires_grad_(), bias)
+    assert trained.grad_fn is not None
+    assert torch.equal(trained, F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
